@@ -1,0 +1,1 @@
+"""What surrounds an algorithm: command line, runner, recorder, plots, player. No algorithm needs it to train."""

@@ -1,0 +1,67 @@
+"""Checkpoints by Orbax: the states of all seeds of a command and their metrics so far, seed by seed.
+
+Nothing in a checkpoint depends on how many devices the seeds were on, so a run may resume on another number of them.
+"""
+
+import logging
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def open_folder(group, seeds):
+    """Orbax's manager of the checkpoints of `seeds`; it makes its folder when it first saves."""
+    folder = (group / f"checkpoint_{seeds[0]}_{seeds[-1]}").resolve()
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def save(manager, step, waves, rows):
+    """Save the stacked states `waves` and the metrics rows of each seed; return `{seed: state}` on the host."""
+    wave_size = len(jax.tree.leaves(waves[0])[0])
+    states = {}
+    for i, seed in enumerate(rows):
+        state = jax.tree.map(lambda x, i=i: x[i % wave_size], to_host(waves[i // wave_size]))
+        states[seed] = state
+    leaves = {str(seed): [np.asarray(x) for x in jax.tree.leaves(state)] for seed, state in states.items()}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), rows=ocp.args.JsonSave([*rows.values()]))
+    if step != manager.latest_step():
+        manager.save(step, args=args)
+    return states
+
+
+def restore(manager, programs, seeds):
+    """`({seed: rows}, waves)` of the latest checkpoint, on the devices that `programs` were compiled for."""
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(), rows=ocp.args.JsonRestore())
+    saved = manager.restore(manager.latest_step(), args=args)
+    filled = seeds + [seeds[-1]] * (-len(seeds) % programs.wave_size)
+    info = jax.tree.leaves(programs.init.out_info)
+    waves = []
+    for i in range(0, len(filled), programs.wave_size):
+        wave = [saved.state[str(seed)] for seed in filled[i : i + programs.wave_size]]
+        leaves = [to_device(np.stack(x), like, programs.sharding) for like, *x in zip(info, *wave, strict=True)]
+        waves.append(jax.tree.unflatten(jax.tree.structure(programs.init.out_info), leaves))
+    return dict(zip(seeds, saved.rows, strict=True)), waves
+
+
+def to_host(state):
+    """The state as NumPy arrays, its random keys as their data."""
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, state))
+
+
+def to_device(array, like, sharding):
+    """An array as it was before `to_host`."""
+    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
+        array = jax.random.wrap_key_data(array)
+    return jax.device_put(array, sharding)
+
+
+def delete(manager):
+    """Remove all checkpoints: the run is complete."""
+    manager.close()
+    shutil.rmtree(manager.directory, ignore_errors=True)

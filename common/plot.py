@@ -1,0 +1,63 @@
+"""Learning curves: interquartile mean over seeds with its 95 % bootstrap band."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from common import record
+
+
+def iqm(values, axis=0):
+    """Interquartile mean: the mean without the lowest and the highest quarter."""
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def interval(values):
+    """95 % percentile-bootstrap interval `(low, high)` of the IQM over the first axis of `values [num_seeds, ...]`."""
+    if len(values) < 2:
+        return values[0], values[0]
+    result = stats.bootstrap((values,), iqm, method="percentile", n_resamples=2000, rng=np.random.default_rng(0))
+    return result.confidence_interval
+
+
+def read_group(group):
+    """`(seeds, step [num_epochs], returns [num_seeds, num_epochs], finite)` of the seeds that got equally far."""
+    folders = [path.parent for path in Path(group).glob("seed_*/metrics.csv")]
+    seeds = sorted(int(folder.name.removeprefix("seed_")) for folder in folders)
+    runs = {seed: record.read_metrics(record.seed_folder(group, seed)) for seed in seeds}
+    epochs = max(len(c["step"]) for c in runs.values())
+    runs = {seed: c for seed, c in runs.items() if len(c["step"]) == epochs}
+    step = next(iter(runs.values()))["step"]
+    returns, finite = (np.stack([c[name] for c in runs.values()]) for name in ("eval_return_mean", "finite"))
+    return list(runs), step, returns, finite.all(axis=1)
+
+
+def draw(group):
+    """Write `curve.png` of the run in `group`; the title counts the seeds that diverged, the mean is of the others."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    group = Path(group)
+    seeds, step, returns, finite = read_group(group)
+    algorithm, env = group.parts[-3:-1]
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots()
+    axes.plot(step, returns.T, color="tab:blue", linewidth=0.7, alpha=0.35 if len(seeds) > 1 else 0)
+    if finite.any():
+        low, high = interval(returns[finite])
+        label = f"interquartile mean of {finite.sum()} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+        axes.plot(step, iqm(returns[finite]), color="tab:blue", linewidth=2, label=label)
+        if finite.sum() > 1:
+            band = {"color": "tab:blue", "alpha": 0.25, "linewidth": 0}
+            axes.fill_between(step, low, high, label="95 % bootstrap interval", **band)
+        axes.legend(loc="lower right")
+    diverged = f" ({(~finite).sum()} of {len(seeds)} seeds diverged)" if not finite.all() else ""
+    axes.set_title(f"{algorithm} on {env}{diverged}")
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("greedy return (sum of rewards per episode)")
+    axes.grid(alpha=0.3)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", metadata={"Software": None})
+    record.write_atomic(group / "curve.png", data.getvalue())

@@ -1,0 +1,272 @@
+"""Runner: trains the seeds of one command on all local devices, shows progress, saves, resumes.
+
+`init` and `epoch` are compiled once each, with the state donated, and placed by `jax.shard_map` over a mesh axis
+`seed`. A call of the compiled program advances one wave of seeds by one epoch: on a CPU one seed on each device (a device a
+core), wave after wave, so that the program, and with it every bit of a seed, is the same whatever the number of seeds;
+on a GPU all seeds in one wave, those of a device vmapped.
+
+Memory: the peak of a run is the replay buffers, `num_seeds * buffer_size * 4 * (2 * obs_dim + action_dim + 2)` bytes,
+plus at most 1 GiB for everything else. A checkpoint passes through host memory, one wave at a time.
+"""
+
+import contextlib
+import inspect
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.progress
+from jax.extend.backend import clear_backends
+from jax.sharding import PartitionSpec
+
+from common import checkpoint, cli, plot, record
+
+CHECKPOINT_SHARE = 0.05  # of the running time, at most, goes into checkpoints
+
+
+def main(config_class, init, epoch):
+    """Command line of an algorithm file: exit code 0; 1 if a seed diverged; 2 for a mistake; 130 when interrupted."""
+    script = inspect.getsourcefile(init)
+    set_up_backend()
+    config, options = cli.parse_run(config_class, Path(sys.argv[0]).name)
+    cli.check_shapes(config, init, options.num_seeds)
+    group = record.group_folder(options.out, Path(script).stem, config.env, options.name)
+    seeds = list(range(options.seed, options.seed + options.num_seeds))
+    claim(group, script, config, seeds, options.resume)
+    raise SystemExit(run(config, init, epoch, seeds, group, options))
+
+
+def set_up_backend():
+    """A CPU device for each core, and the compilation cache; an environment that says otherwise wins."""
+    given = os.environ.get("XLA_FLAGS", "") + " ".join(os.environ)
+    if "xla_force_host_platform_device_count" not in given and "JAX_NUM_CPU_DEVICES" not in given:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        clear_backends()  # importing gymnax makes arrays, on a backend with one device
+        jax.config.update("jax_num_cpu_devices", cores)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amortax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def claim(group, script, config, seeds, resume):
+    """Write each seed's `config.json`; fail with nothing written where there is another run, or none to resume."""
+    descriptions = {seed: record.describe(script, config, seed) for seed in seeds}
+    for seed, description in descriptions.items():
+        folder = record.seed_folder(group, seed)
+        if resume and not (folder / "config.json").exists():
+            cli.fail(f"--resume: nothing to resume in {folder}")
+        if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
+            changes = record.differences(record.read_config(folder), description)
+            if changes and resume:
+                cli.fail(f"--resume: {folder} was run differently: {'; '.join(changes)}")
+            if changes:
+                cli.fail(f"--name {group.name}: {folder} holds a different run ({'; '.join(changes)}); choose another")
+    try:
+        for seed, description in descriptions.items():
+            record.remove_leftovers(record.seed_folder(group, seed))
+            record.write_config(record.seed_folder(group, seed), description)
+    except OSError as error:
+        cli.fail(f"--out {group.parents[2]}: cannot write there: {error}")
+
+
+class Programs(NamedTuple):
+    """What was compiled, and for how many seeds at a time."""
+
+    init: Callable
+    epoch: Callable
+    wave_size: int
+    sharding: jax.sharding.Sharding
+
+
+def compile_programs(config, init, epoch, num_seeds):
+    """Compile `init` and `epoch`; both take and give a leading axis `[wave_size]` of seeds.
+
+    `epoch` also gives `finite [wave_size]`: whether every learned parameter is.
+    """
+    devices = jax.local_devices()
+    per_device = 1 if devices[0].platform == "cpu" else math.ceil(num_seeds / len(devices))
+    devices = devices[: math.ceil(num_seeds / per_device)]
+    mesh = jax.make_mesh((len(devices),), ("seed",), (jax.sharding.AxisType.Auto,), devices=devices)
+    # a device is a core: threads of its own would only get in the way of its neighbours
+    compiler_options = {"xla_cpu_multi_thread_eigen": False} if devices[0].platform == "cpu" else None
+    over_seeds = PartitionSpec("seed")
+
+    def place(function):
+        def on_device(config, x):
+            if per_device > 1:
+                return jax.vmap(function, in_axes=(None, 0))(config, x)
+            # reshapes, not slices: the donated buffer must not be copied
+            one = function(config, jax.tree.map(lambda a: a.reshape(a.shape[1:]), x))
+            return jax.tree.map(lambda a: a.reshape(1, *a.shape), one)
+
+        specs = {"in_specs": (PartitionSpec(), over_seeds), "out_specs": over_seeds}
+        on_devices = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
+        return jax.jit(on_devices, donate_argnums=1, compiler_options=compiler_options)
+
+    def checked_epoch(config, state):
+        state, metrics = epoch(config, state)
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
+        return state, metrics, finite
+
+    sharding = jax.sharding.NamedSharding(mesh, over_seeds)
+    wave_size = per_device * len(devices)
+    keys = jax.ShapeDtypeStruct((wave_size,), jax.random.key(0).dtype, sharding=sharding)
+    init = place(init).lower(config, keys).compile()
+    states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), init.out_info)
+    return Programs(init, place(checked_epoch).lower(config, states).compile(), wave_size, sharding)
+
+
+def run(config, init, epoch, seeds, group, options):
+    """Train, or go on training, `seeds`; write all results; return the exit code."""
+    saved = checkpoint.open_folder(group, seeds)
+    if options.resume and saved.latest_step() is None and is_complete(group, seeds, config):
+        print("this run is complete; nothing to resume")
+        return finish(config, group, seeds, options)
+
+    interrupted = catch_interrupts()
+    with show_progress(config.total_steps * len(seeds)) as progress:
+        programs = compile_programs(config, init, epoch, len(seeds))
+        if options.resume and saved.latest_step() is not None:
+            rows, waves = checkpoint.restore(saved, programs, seeds)
+            step = rows[seeds[0]][-1]["step"]
+        else:
+            rows, waves = {seed: [] for seed in seeds}, start(config, programs, seeds)
+            step = config.learning_starts
+        progress(step * len(seeds), math.nan)
+        last_save = time.monotonic()
+        save_seconds = 0.0
+        while step < config.total_steps and not interrupted.is_set():
+            waves, metrics, finite = advance(config, programs, waves)
+            for i, seed in enumerate(seeds):
+                row = record.metrics_row(jax.tree.map(lambda x, i=i: x[i], metrics), finite[i])
+                rows[seed].append(row)
+                record.write_metrics(record.seed_folder(group, seed), rows[seed])
+            step = rows[seeds[0]][-1]["step"]
+            progress(step * len(seeds), np.mean([rows[seed][-1]["eval_return_mean"] for seed in seeds]))
+            if time.monotonic() - last_save >= save_seconds / CHECKPOINT_SHARE:
+                last_save = time.monotonic()
+                save(saved, step, waves, rows, group)
+                save_seconds = time.monotonic() - last_save
+        save(saved, step, waves, rows, group)
+    if step < config.total_steps:
+        print(f"interrupted and saved at step {step:,}; the same command with --resume goes on from there")
+        return 130
+    code = finish(config, group, seeds, options)
+    checkpoint.delete(saved)
+    return code
+
+
+def start(config, programs, seeds):
+    """The states of all seeds after `init`, as waves; the last wave is filled up with copies of the last seed."""
+    seeds = seeds + [seeds[-1]] * (-len(seeds) % programs.wave_size)
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds]).reshape(-1, programs.wave_size)
+    return [programs.init(config, jax.device_put(wave, programs.sharding)) for wave in keys]
+
+
+def advance(config, programs, waves):
+    """One epoch of every seed: `(waves, metrics, finite)`, the latter on the host with a leading axis of seeds."""
+    outs = []
+    for i, state in enumerate(waves):
+        waves[i], *out = programs.epoch(config, state)  # returns at once: the devices work through the waves
+        outs.append(out)
+    return waves, *jax.tree.map(lambda *x: np.concatenate(x), *(wait(out) for out in outs))
+
+
+def wait(arrays):
+    """Fetch arrays to the host; sleeping between looks lets a signal be heard while the devices work."""
+    while not all(x.is_ready() for x in jax.tree.leaves(arrays)):
+        time.sleep(0.005)
+    return jax.device_get(arrays)
+
+
+def catch_interrupts():
+    """An event that the first SIGINT or SIGTERM sets; a second one ends the process at once."""
+    asked = threading.Event()
+
+    def hear(number, frame):
+        print("\nfinishing this epoch, then saving; once more to stop at once", file=sys.stderr)
+        signal.signal(number, signal.SIG_DFL)
+        asked.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, hear)
+    return asked
+
+
+@contextlib.contextmanager
+def show_progress(total):
+    """Yield `report(steps of all seeds, mean_return)`: a bar on a terminal, a line an epoch elsewhere."""
+    console = rich.console.Console(highlight=False)
+    columns = (rich.progress.BarColumn(), rich.progress.TextColumn("{task.description}"))
+    bar = rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
+    task = bar.add_task("compiling", total=total)
+    first = None  # steps and time of the first report: a resumed run starts in the middle
+
+    def report(steps, mean_return):
+        nonlocal first
+        now = time.monotonic()
+        if first is None:
+            first = steps, now
+            text = f"{steps:,} of {total:,} steps"
+        else:
+            rate = (steps - first[0]) / (now - first[1])
+            left = f"{(total - steps) / rate:.0f} s left"
+            text = f"{steps:,} of {total:,} steps  return {mean_return:.1f}  {rate:,.0f} steps/s  {left}"
+        bar.update(task, completed=steps, description=text)
+        if not console.is_terminal:
+            print(text, flush=True)
+
+    if not console.is_terminal:
+        print("compiling", flush=True)
+    with bar:
+        yield report
+
+
+def save(saved, step, waves, rows, group):
+    """Write a checkpoint and, for those who look at a run before its end, the policies."""
+    states = checkpoint.save(saved, step, waves, rows)
+    for seed, state in states.items():
+        record.write_policy(record.seed_folder(group, seed), state.params)
+
+
+def is_complete(group, seeds, config):
+    """Whether every seed has its last row and its policy."""
+    folders = [record.seed_folder(group, seed) for seed in seeds]
+    if not all((folder / name).exists() for folder in folders for name in ("metrics.csv", "policy.npz")):
+        return False
+    return all(record.read_metrics(folder)["step"][-1] == config.total_steps for folder in folders)
+
+
+def finish(config, group, seeds, options):
+    """Draw the curve, print the result, and return the exit code."""
+    if not options.no_plot:
+        plot.draw(group)
+    rows = {seed: record.read_metrics(record.seed_folder(group, seed)) for seed in seeds}
+    diverged = [seed for seed in seeds if not rows[seed]["finite"][-1]]
+    final = np.array([rows[seed]["eval_return_mean"][-1] for seed in seeds if seed not in diverged])
+    if len(final) > 1:
+        low, high = plot.interval(final)
+        print(
+            f"greedy return after {config.total_steps:,} steps: {plot.iqm(final):.1f} (interquartile mean of "
+            f"{len(final)} seeds, 95 % interval {low:.1f} to {high:.1f}, worst {final.min():.1f})"
+        )
+    elif len(final):
+        error = rows[seeds[0]]["eval_return_std"][-1] / math.sqrt(config.num_eval_episodes)
+        print(f"greedy return after {config.total_steps:,} steps: {final[0]:.1f} "
+              f"(mean of {config.num_eval_episodes} episodes, standard error {error:.1f})")
+    for seed in diverged:
+        step = int(rows[seed]["step"][rows[seed]["finite"] == 0][0])
+        print(f"seed {seed} diverged: parameters are not finite by step {step}", file=sys.stderr)
+    print(f"results: {group}")
+    return 1 if diverged else 0
