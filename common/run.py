@@ -61,6 +61,11 @@ def set_up_backend():
 
 def claim(group, script, config, seeds, resume):
     """Write each seed's `config.json`; fail with nothing written where there is another run, or none to resume."""
+    for path in group.glob("checkpoint_*_*"):
+        first, last = map(int, path.name.split("_")[1:])
+        if first <= seeds[-1] and seeds[0] <= last and not (resume and [first, last] == [seeds[0], seeds[-1]]):
+            again = f"--seed {first} --num-seeds {last - first + 1} --resume"
+            cli.fail(f"--name {group.name}: {group} holds an unfinished run; {again} goes on with it")
     descriptions = {seed: record.describe(script, config, seed) for seed in seeds}
     for seed, description in descriptions.items():
         folder = record.seed_folder(group, seed)
