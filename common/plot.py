@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 
 from common import record
@@ -35,15 +36,18 @@ def read_group(group):
 
 
 def draw(group):
-    """Write `curve.png` of the run in `group`; the title counts the seeds that diverged, the mean is of the others."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Write `curve.png` of the run in `group`."""
+    data = io.BytesIO()
+    curve(Path(group)).savefig(data, format="png", metadata={"Software": None})
+    record.write_atomic(Path(group) / "curve.png", data.getvalue())
 
-    group = Path(group)
+
+def curve(group):
+    """The figure of the run in `group`; its title counts the seeds that diverged, its mean is that of the others."""
     seeds, step, returns, finite = read_group(group)
     algorithm, env = group.parts[-3:-1]
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.subplots()
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")  # not pyplot's: it needs no display
+    axes = figure.subplots()
     axes.plot(step, returns.T, color="tab:blue", linewidth=0.7, alpha=0.35 if len(seeds) > 1 else 0)
     if finite.any():
         low, high = interval(returns[finite])
@@ -58,6 +62,4 @@ def draw(group):
     axes.set_xlabel("environment steps")
     axes.set_ylabel("greedy return (sum of rewards per episode)")
     axes.grid(alpha=0.3)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", metadata={"Software": None})
-    record.write_atomic(group / "curve.png", data.getvalue())
+    return figure

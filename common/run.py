@@ -1,9 +1,9 @@
 """Runner: trains the seeds of one command on all local devices, shows progress, saves, resumes.
 
 `init` and `epoch` are compiled once each, with the state donated, and placed by `jax.shard_map` over a mesh axis
-`seed`. A call of the compiled program advances one wave of seeds by one epoch: on a CPU one seed on each device (a device a
-core), wave after wave, so that the program, and with it every bit of a seed, is the same whatever the number of seeds;
-on a GPU all seeds in one wave, those of a device vmapped.
+`seed`. A call of the compiled program advances one wave of seeds by one epoch: on a CPU one seed on each device (a
+device a core), wave after wave, so that the program, and with it every bit of a seed, is the same whatever the number
+of seeds; on a GPU all seeds in one wave, those of a device vmapped.
 
 Memory: the peak of a run is the replay buffers, `num_seeds * buffer_size * 4 * (2 * obs_dim + action_dim + 2)` bytes,
 plus at most 1 GiB for everything else. A checkpoint passes through host memory, one wave at a time.

@@ -1,0 +1,403 @@
+"""`python -m common.play`: its returns against hand-made ones, its films frame by frame, and its users' mistakes."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from algorithms import td3
+from common import play, record
+
+ROOT = Path(__file__).parent.parent
+TINY = {"learning_starts": 16, "batch_size": 8, "steps_per_epoch": 16, "total_steps": 32, "buffer_size": 64}
+NUMBER = r"-?\d+\.\d+"
+
+
+def save_run(folder, config, params, script=td3.__file__):
+    """A seed's folder as the runner leaves it."""
+    record.write_config(folder, record.describe(script, config, 0))
+    record.write_policy(folder, params)
+    return folder
+
+
+def save_untrained(folder, env):
+    """A seed's folder with a policy that has not learned."""
+    config = td3.Config(env=env, hidden_sizes=(8,), **TINY)
+    return save_run(folder, config, jax.jit(td3.init)(config, jax.random.key(0)).params)
+
+
+@pytest.fixture(scope="module")
+def pendulum(tmp_path_factory):
+    """A run folder with one seed, trained until it swings up."""
+    config = td3.Config(total_steps=6000)
+    state, _ = jax.jit(td3.train)(config, jax.random.key(0))
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    save_run(run / "seed_0", config, jax.device_get(state.params))
+    return run
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A seed's folder, not to be written into."""
+    return save_untrained(tmp_path_factory.mktemp("runs") / "untrained" / "seed_0", "Pendulum-v1")
+
+
+@pytest.fixture
+def run_play(monkeypatch, capsys):
+    """Run the command in this process: `(exit code, stdout, stderr)`."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["play", *map(str, args)])
+        code = 0
+        try:
+            play.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def assert_mistake(result, *parts):
+    """Exit code 2, one line on stderr which holds all `parts`, nothing on stdout."""
+    code, out, err = result
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("error: ")
+    for part in parts:
+        assert str(part) in err
+
+
+def read_film(path):
+    """`(seconds, frames)` of a GIF, the frames as bytes `[frames, height, width, 3]`."""
+    with Image.open(path) as image:
+        assert image.format == "GIF"
+        assert image.info["loop"] == 0
+        frames, milliseconds = [], 0
+        for i in range(image.n_frames):
+            image.seek(i)
+            milliseconds += image.info["duration"]
+            frames.append(np.asarray(image.convert("RGB")))
+    return milliseconds / 1000, np.stack(frames)
+
+
+# Returns
+
+
+@pytest.mark.parametrize("backend", ["gymnax", "gymnasium"])
+def test_line(run_play, untrained, backend):
+    code, out, err = run_play(untrained, "--episodes", 7, "--backend", backend)
+    assert (code, err) == (0, "")
+    pattern = rf"Pendulum-v1 \({backend}\), 7 episodes: return {NUMBER} ± {NUMBER} \(mean ± standard error\)\n"
+    assert re.fullmatch(pattern, out)
+    assert run_play(untrained, "--episodes", 7, "--backend", backend)[1] == out
+    assert run_play(untrained, "--episodes", 7, "--backend", backend, "--seed", 100)[1] != out
+
+
+def test_one_episode_has_no_standard_error(run_play, untrained):
+    out = run_play(untrained, "--episodes", 1)[1]
+    assert re.fullmatch(rf"Pendulum-v1 \(gymnax\), 1 episode: return {NUMBER} ± n/a \(mean ± standard error\)\n", out)
+
+
+@pytest.mark.parametrize(
+    ("returns", "text"),
+    [
+        ([-150.0, -140.0], "2 episodes: return -145.0 ± 5.0"),
+        ([1.0, 2.0, 3.0, 6.0], "4 episodes: return 3.0 ± 1.1"),
+        ([-1234.5678], "1 episode: return -1234.6 ± n/a"),
+        ([0.01234, 0.01236], "2 episodes: return 0.012350 ± 0.000010"),
+        ([0.01234], "1 episode: return 0.012 ± n/a"),
+        ([-5e4, 5e4], "2 episodes: return 0.0 ± 50000.0"),
+        ([0.0, 0.0], "2 episodes: return 0.0 ± 0.0"),
+        ([np.nan, 1.0], "2 episodes: return nan ± nan"),
+    ],
+)
+def test_summary(returns, text):
+    assert play.summarize(np.array(returns)) == text + " (mean ± standard error)"
+
+
+def test_backends_agree_on_a_trained_policy(pendulum):
+    module, config, params = record.load_policy(pendulum / "seed_0")
+    ours = np.asarray(play.gymnax_returns(module.act, config, params, 0, jnp.arange(1000)))
+    theirs = np.array(play.gymnasium_returns(module.act, config, params, 0, 400))
+    error = np.hypot(ours.std() / np.sqrt(len(ours)), theirs.std() / np.sqrt(len(theirs)))
+    assert abs(ours.mean() - theirs.mean()) < 3 * error
+    assert error < 10
+    assert ours.mean() > -200  # an untrained policy has about -1200
+
+
+def test_gymnasium_return_by_hand(run_play, pendulum):
+    printed = float(re.search(NUMBER, run_play(pendulum, "--episodes", 1, "--seed", 5, "--backend", "gymnasium")[1])[0])
+    with np.load(pendulum / "seed_0" / "policy.npz") as file:
+        layers = [(file[f"actor/{i}/0"], file[f"actor/{i}/1"]) for i in range(3)]
+    env = gymnasium.make("Pendulum-v1")
+    obs, _ = env.reset(seed=5)
+    total = 0.0
+    for _ in range(200):
+        x = obs
+        for w, b in layers[:-1]:
+            x = np.maximum(x @ w + b, 0)
+        obs, reward, *_ = env.step(2 * np.tanh(x @ layers[-1][0] + layers[-1][1]))
+        total += reward
+    assert printed == pytest.approx(total, abs=0.1)
+
+
+def test_episodes_do_not_depend_on_their_number(untrained):
+    module, config, params = record.load_policy(untrained)
+    few, many = (np.asarray(play.gymnax_returns(module.act, config, params, 3, jnp.arange(n))) for n in (4, 1100))
+    np.testing.assert_allclose(few, many[:4], rtol=1e-4)
+    assert len(np.unique(many)) > 1000
+    np.testing.assert_allclose(play.gymnax_film(module.act, config, params, 3)[0], many[0], rtol=1e-4)
+    few, many = (play.gymnasium_returns(module.act, config, params, 3, n) for n in (2, 4))
+    assert few == many[:2]
+    assert play.gymnasium_returns(module.act, config, params, 5, 1) == many[2:3]
+
+
+OWN_ENV = '''
+import jax.numpy as jnp
+from flax import struct
+from gymnax.environments import environment, spaces
+from jax import random
+
+@struct.dataclass
+class State(environment.EnvState):
+    length: int
+
+@struct.dataclass
+class Params(environment.EnvParams):
+    max_steps_in_episode: int = 4
+
+class Lengths(environment.Environment):
+    """Ends by itself after 2, 3, 4 or 5 steps, by the time limit after 4; the reward is the first action."""
+    default_params = Params()
+    def reset_env(self, key, params):
+        state = State(time=0, length=random.randint(key, (), 2, 6))
+        return self.get_obs(state), state
+    def step_env(self, key, state, action, params):
+        state = state.replace(time=state.time + 1)
+        return self.get_obs(state), state, action[0, 0], state.time >= state.length, {}
+    def get_obs(self, state, params=None, key=None):
+        return jnp.array([[state.time, state.length]], int)
+    def action_space(self, params):
+        return spaces.Box(-1, 1, (1, 2))
+    def observation_space(self, params):
+        return spaces.Box(0, 5, (1, 2))
+'''
+
+OWN_ALGORITHM = """
+import dataclasses
+from typing import NamedTuple
+import jax
+import jax.numpy as jnp
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Config:
+    env: str = jax.tree.static(default="play_env:Lengths")
+    gain: float = 0.5
+
+class State(NamedTuple):
+    params: dict
+
+def init(config, key):
+    return State({"action": jnp.array([[1.0, 7.0]])})
+
+def act(config, params, obs):
+    return config.gain * params["action"]
+"""
+
+
+def test_own_algorithm_in_own_environment(run_play, tmp_path, monkeypatch):
+    """Needs nothing of td3; every return is the number of steps, and no step of the next episode counts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("play_env.py").write_text(OWN_ENV)
+    Path("mine.py").write_text(OWN_ALGORITHM)
+    module = record.load_algorithm("mine", Path("mine.py"))
+    save_run(tmp_path / "seed_0", module.Config(), module.init(module.Config(), None).params, "mine.py")
+    code, out, _ = run_play(tmp_path, "--gif", tmp_path / "own.gif")
+    assert code == 0
+    steps, total = re.search(rf"own.gif: (\d) steps, return ({NUMBER})", out).groups()
+    assert float(total) == int(steps) / 2
+    assert read_film(tmp_path / "own.gif")[0] == pytest.approx(int(steps) * 0.05)
+    _, config, params = record.load_policy(tmp_path / "seed_0")
+    returns = np.asarray(play.gymnax_returns(module.act, config, params, 0, jnp.arange(2000)))
+    found, counts = np.unique(returns, return_counts=True)
+    np.testing.assert_array_equal(found, [1.0, 1.5, 2.0])
+    np.testing.assert_allclose(counts / 2000, [0.25, 0.25, 0.5], atol=0.05)
+    assert_mistake(run_play(tmp_path, "--backend", "gymnasium"), "play_env:Lengths", "Pendulum-v1")
+
+
+# Films
+
+
+@pytest.mark.parametrize("backend", ["gymnax", "gymnasium"])
+def test_film_of_pendulum(run_play, pendulum, tmp_path, backend):
+    path = tmp_path / "new" / "folder" / "film.GIF"
+    code, out, err = run_play(pendulum, "--episodes", 2, "--seed", 1, "--backend", backend, "--gif", path)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(rf"Pendulum-v1 .*\n{re.escape(str(path))}: 200 steps, return {NUMBER}\n", out)
+    seconds, frames = read_film(path)
+    assert seconds == pytest.approx(200 * 0.05)
+    assert frames.shape[1:] == (500, 500, 3)
+    assert list(path.parent.iterdir()) == [path]
+    # the policy has swung the rod up: it is red above the pivot, the page is white below
+    np.testing.assert_allclose(frames[-1, 180, 250], (204, 77, 77), atol=16)
+    np.testing.assert_allclose(frames[-1, 400, 250], (255, 255, 255), atol=8)
+
+
+@pytest.mark.parametrize("env", ["MountainCarContinuous-v0", "Reacher-misc", "PointRobot-misc"])
+def test_film_of_others(tmp_path, env):
+    folder = save_untrained(tmp_path / "seed_0", env)
+    module, config, params = record.load_policy(folder)
+    _, frames = play.gymnax_film(module.act, config, params, 0)
+    assert len(frames) == gymnax.make(env)[1].max_steps_in_episode
+    path = tmp_path / "film.gif"
+    path.write_bytes(play.encode_gif(frames[:60]))
+    seconds, frames = read_film(path)
+    assert seconds == pytest.approx(60 * 0.05)
+    assert (frames.reshape(len(frames), -1).std(axis=1) > 1).all()
+    assert (frames[0] != frames[-1]).any()
+
+
+def test_film_of_mountain_car_shows_the_state():
+    """The car is drawn where Gymnasium draws it."""
+    env = gymnasium.make("MountainCarContinuous-v0", render_mode="rgb_array")
+    obs, _ = env.reset(seed=0)
+    state = gymnax.make("MountainCarContinuous-v0")[0].reset(jax.random.key(0))[1]
+    frame = play.draw_as_gymnasium("MountainCarContinuous-v0", [state.replace(position=obs[0], velocity=obs[1])])[0]
+    difference = np.abs(np.asarray(frame.convert("RGB"), int) - env.render())
+    assert (difference > 40).mean() < 1e-3
+
+
+def test_film_that_cannot_be_written(run_play, untrained, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out, err = run_play(untrained, "--episodes", 1, "--gif", tmp_path / "file" / "film.gif")
+    assert (code, err.count("\n"), out.count("\n")) == (2, 1, 1)
+    assert f"--gif {tmp_path}/file/film.gif: cannot write" in err
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--episodes", "0"], ["--episodes 0", "1 to"]),
+        (["--episodes", "few"], ["--episodes", "few"]),
+        (["--seed", "-1"], ["--seed -1", "0 to"]),
+        (["--backend", "brax"], ["--backend", "brax", "gymnax", "gymnasium"]),
+        (["--gif", "film.png"], ["--gif film.png", ".gif"]),
+        (["--gif", "gif"], ["--gif gif", ".gif"]),
+        (["--episode", "3"], ["--episode", "--episodes"]),
+    ],
+)
+def test_bad_flag(run_play, untrained, tmp_path, monkeypatch, args, parts):
+    monkeypatch.chdir(tmp_path)
+    assert_mistake(run_play(untrained, *args), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_such_run(run_play, tmp_path):
+    assert_mistake(run_play(tmp_path / "nowhere"), tmp_path / "nowhere")
+    assert_mistake(run_play(tmp_path), tmp_path, "no run here")
+    assert_mistake(run_play(), "RUN")
+
+
+def test_which_seed(run_play, untrained, tmp_path):
+    shutil.copytree(untrained, tmp_path / "seed_9")
+    code, out, _ = run_play(tmp_path, "--episodes", 2)
+    assert (code, out) == (0, run_play(tmp_path / "seed_9", "--episodes", 2)[1])
+    shutil.copytree(untrained, tmp_path / "seed_10")
+    assert_mistake(run_play(tmp_path), f"2 seeds; choose one: {tmp_path}/seed_9, {tmp_path}/seed_10")
+    assert run_play(tmp_path / "seed_10", "--episodes", 2)[1] == out
+
+
+def npz(**arrays):
+    """The bytes of an npz file."""
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "part"),
+    [
+        (None, "no policy saved yet"),
+        (lambda good: good[: len(good) // 2], "truncated"),
+        (lambda good: good[:-1], "truncated"),
+        (lambda good: b"", "truncated"),
+        (lambda good: npz(weights=np.zeros(3)), "must hold the arrays actor/0/0"),
+        (lambda good: npz(**{"actor/0/0": np.array([{}], object)}), "not a policy"),
+    ],
+    ids=["none", "half", "byte", "empty", "foreign", "pickle"],
+)
+def test_bad_policy_file(run_play, untrained, tmp_path, spoil, part):
+    shutil.copytree(untrained, tmp_path / "seed_0")
+    path = tmp_path / "seed_0" / "policy.npz"
+    good = path.read_bytes()
+    path.unlink()
+    if spoil:
+        path.write_bytes(spoil(good))
+    assert_mistake(run_play(tmp_path), path, part)
+
+
+def test_policy_that_does_not_fit(run_play, untrained, tmp_path):
+    folder = shutil.copytree(untrained, tmp_path / "seed_0")
+    params = record.load_policy(untrained)[2]
+    record.write_policy(folder, jax.tree.map(lambda x: np.zeros((*x.shape, 2), np.float32), params))
+    assert_mistake(run_play(folder), "policy.npz", "config.json asks for")
+    record.write_policy(folder, jax.tree.map(lambda x: np.full_like(x, np.nan), params))
+    assert_mistake(run_play(folder), "policy.npz", "diverged")
+    description = json.loads((folder / "config.json").read_text())
+    record.write_config(folder, {"algorithm": description["algorithm"]})
+    assert_mistake(run_play(folder), "config.json", "not a run's description")
+    (folder / "config.json").write_text("{")
+    assert_mistake(run_play(folder), "config.json", "no run here")
+
+
+def test_environment_that_gymnasium_does_not_have(run_play, tmp_path, monkeypatch):
+    folder = save_untrained(tmp_path / "seed_0", "Reacher-misc")
+    both = "environments in both: Pendulum-v1, MountainCarContinuous-v0"
+    assert_mistake(run_play(folder, "--backend", "gymnasium"), "--backend gymnasium", "Reacher-misc", both)
+    # the same name, another environment
+    other = gymnasium.envs.registration.EnvSpec("Reacher-misc", gymnasium.spec("Pendulum-v1").entry_point)
+    monkeypatch.setitem(gymnasium.registry, "Reacher-misc", other)
+    assert_mistake(run_play(folder, "--backend", "gymnasium"), "Reacher-misc", "shape (3,) there, (8,) in gymnax")
+
+
+# The command itself
+
+
+def shell(*args, **variables):
+    """`python -m common.play` in a process of its own."""
+    command = [sys.executable, "-m", "common.play", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+
+
+def test_command(untrained, tmp_path):
+    """On a machine without a screen: the two lines, and nothing from pygame or ALSA."""
+    variables = {"DISPLAY": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    args = ("--episodes", 3, "--backend", "gymnasium", "--gif", tmp_path / "film.gif")
+    result = shell(untrained, *args, **variables)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.fullmatch(r"Pendulum-v1 \(gymnasium\), 3 episodes: .*\n.*film.gif: 200 steps, .*\n", result.stdout)
+    assert read_film(tmp_path / "film.gif")[0] == pytest.approx(10)
+
+
+def test_help():
+    result = shell("--help")
+    assert result.returncode == 0
+    for word in ("RUN", "--episodes", "--seed", "--backend {gymnax,gymnasium}", "--gif", "folder of a seed"):
+        assert word in result.stdout

@@ -1,0 +1,306 @@
+"""The runner: the same bytes for a seed however it is run, and nothing lost to a kill, an interrupt or a mistake."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from algorithms import td3
+from common import cli, plot, record, run
+
+SCRIPT = Path(td3.__file__)
+SMALL = {
+    "total_steps": 512,
+    "learning_starts": 128,
+    "steps_per_epoch": 64,
+    "num_envs": 4,
+    "hidden_sizes": (8, 8),
+    "batch_size": 16,
+    "buffer_size": 256,
+    "num_eval_episodes": 2,
+}
+CONFIG = td3.Config(**SMALL)
+FLAGS = [
+    word
+    for name, value in SMALL.items()
+    for word in ("--" + name.replace("_", "-"), *map(str, value if isinstance(value, tuple) else (value,)))
+]
+# the runner, saving a checkpoint after every epoch
+EAGER = f"""
+import runpy
+from common import run
+run.CHECKPOINT_SHARE = 1e9
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def command(out, *flags):
+    """A process of the command line that saves after every epoch."""
+    return [sys.executable, "-c", EAGER, *FLAGS, "--out", str(out), *flags]
+
+
+def execute(monkeypatch, out, *flags, epoch=td3.epoch):
+    """Run the command in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["td3.py", *FLAGS, "--out", str(out), *flags])
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as end:
+        run.main(td3.Config, td3.init, epoch)
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    return end.value.code
+
+
+def group(out, name="default"):
+    return Path(out) / "td3" / "Pendulum-v1" / name
+
+
+def contents(folder):
+    """Bytes of every visible file below `folder`, by relative path."""
+    paths = (path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The files of three seeds that ran without a break."""
+    out = tmp_path_factory.mktemp("unbroken")
+    done = subprocess.run(command(out, "--num-seeds", "3"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return contents(group(out))
+
+
+def test_layout(unbroken):
+    names = {f"seed_{seed}/{name}" for seed in range(3) for name in ("config.json", "metrics.csv", "policy.npz")}
+    assert set(unbroken) == names | {"curve.png"}
+    described = json.loads(unbroken["seed_1/config.json"])
+    assert (described["algorithm"], described["seed"]) == ("td3", 1)
+    assert described["config"] | {"hidden_sizes": (8, 8)} == {**vars(CONFIG)}
+    rows = list(csv.DictReader(unbroken["seed_1/metrics.csv"].decode().splitlines()))
+    assert [int(row["step"]) for row in rows] == [192, 256, 320, 384, 448, 512]
+    assert unbroken["curve.png"].startswith(b"\x89PNG")
+
+
+def test_files_hold_what_train_returns(unbroken, tmp_path):
+    state, metrics = jax.jit(td3.train)(CONFIG, jax.random.key(1))
+    rows = list(csv.DictReader(unbroken["seed_1/metrics.csv"].decode().splitlines()))
+    for name in ("step", "critic_loss", "actor_loss"):
+        np.testing.assert_array_equal([float(row[name]) for row in rows], np.asarray(getattr(metrics, name), float))
+    returns = np.asarray(metrics.eval_returns, np.float64)
+    np.testing.assert_array_equal([float(row["eval_return_mean"]) for row in rows], returns.mean(axis=1))
+    np.testing.assert_array_equal([float(row["eval_return_std"]) for row in rows], returns.std(axis=1))
+    for name in ("config.json", "policy.npz"):
+        (tmp_path / name).write_bytes(unbroken[f"seed_1/{name}"])
+    _, config, params = record.load_policy(tmp_path)
+    assert vars(config) == vars(CONFIG)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("devices", "flags"), [("1", "--seed 2"), ("1", "--num-seeds 8"), ("2", "--num-seeds 8")])
+def test_seed_is_bitwise_the_same_in_any_company(unbroken, tmp_path, devices, flags):
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": devices}
+    done = subprocess.run(command(tmp_path, *flags.split()), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, data in contents(group(tmp_path) / "seed_2").items():
+        assert data == unbroken[f"seed_2/{name}"], name
+
+
+def test_plain_lines_when_piped(tmp_path):
+    done = subprocess.run(command(tmp_path, "--no-plot"), capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "compiling"
+    assert lines[1] == "128 of 512 steps"
+    assert lines[2].startswith("192 of 512 steps  return -")
+    assert "steps/s" in lines[2]
+    assert lines[2].endswith("s left")
+    assert lines[-2].startswith("greedy return after 512 steps: -")
+    assert lines[-1] == f"results: {group(tmp_path)}"
+    assert "\x1b" not in done.stdout
+    assert done.stderr == ""
+    assert not (group(tmp_path) / "curve.png").exists()
+
+
+def test_same_command_again_gives_the_same_bytes(monkeypatch, capsys, tmp_path):
+    assert execute(monkeypatch, tmp_path) == 0
+    first = contents(tmp_path)
+    assert execute(monkeypatch, tmp_path) == 0
+    assert contents(tmp_path) == first
+    assert execute(monkeypatch, tmp_path, "--resume") == 0
+    assert "this run is complete" in capsys.readouterr().out
+    assert contents(tmp_path) == first
+
+
+def test_different_run_is_not_overwritten(monkeypatch, capsys, tmp_path):
+    assert execute(monkeypatch, tmp_path, "--no-plot") == 0
+    first = contents(tmp_path)
+    for flags in (["--gamma", "0.5"], ["--gamma", "0.5", "--resume"]):
+        assert execute(monkeypatch, tmp_path, *flags) == 2
+        line = capsys.readouterr().err
+        assert "config.gamma: 0.99 -> 0.5" in line
+        assert ("--resume" if "--resume" in flags else "--name default") in line
+        assert contents(tmp_path) == first
+    edited = record.read_config(group(tmp_path) / "seed_0") | {"source_sha256": "0" * 64}
+    record.write_config(group(tmp_path) / "seed_0", edited)
+    assert execute(monkeypatch, tmp_path) == 2
+    assert "source_sha256" in capsys.readouterr().err
+    assert execute(monkeypatch, tmp_path, "--name", "other", "--gamma", "0.5", "--no-plot") == 0
+
+
+def test_interrupt_saves_and_resumes(monkeypatch, capsys, unbroken, tmp_path):
+    flags = ["--num-seeds", "3"]
+    process = subprocess.Popen(command(tmp_path, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "return" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume goes on from there" in out
+    assert "Traceback" not in err
+    broken = contents(group(tmp_path))
+    assert {name for name in broken if name.startswith("seed_0/")} == {
+        "seed_0/config.json",
+        "seed_0/metrics.csv",
+        "seed_0/policy.npz",
+    }
+    # neither the same command without --resume nor another range of seeds may run over it
+    for others in (flags, ["--seed", "2"], ["--seed", "2", "--resume"]):
+        assert execute(monkeypatch, tmp_path, *others) == 2
+        assert "unfinished run; --seed 0 --num-seeds 3 --resume goes on" in capsys.readouterr().err
+    assert contents(group(tmp_path)) == broken
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}  # and on another number of devices
+    subprocess.run(command(tmp_path, *flags, "--resume"), check=True, capture_output=True, env=env)
+    assert contents(group(tmp_path)) == unbroken
+    assert sorted(path.name for path in group(tmp_path).iterdir()) == ["curve.png", "seed_0", "seed_1", "seed_2"]
+
+
+def check_whole(files):
+    """Every visible file of an unfinished run can be read."""
+    for name, data in files.items():
+        if name.endswith("config.json"):
+            assert json.loads(data)["algorithm"] == "td3"
+        elif name.endswith("metrics.csv"):
+            rows = list(csv.DictReader(data.decode().splitlines()))
+            assert data.endswith(b"\n")
+            assert all(None not in row.values() for row in rows)
+        elif name.endswith("curve.png"):
+            assert data.rstrip().endswith(b"IEND\xaeB`\x82")
+
+
+@pytest.mark.parametrize("series", [0, 1])
+def test_killed_at_random_moments(unbroken, tmp_path, series):
+    """Five kills in a row, each of a run that resumes what the last one left; then the files of an unbroken run."""
+    moments = random.Random(series)
+    kills = 0
+    started = time.monotonic()
+    subprocess.run(command(tmp_path / "timing", "--num-seeds", "3"), check=True, capture_output=True)
+    whole = time.monotonic() - started
+    while kills < 5:
+        resume = ["--resume"] if (group(tmp_path) / "seed_2" / "config.json").exists() else []
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command(tmp_path, "--num-seeds", "3", *resume), **quiet)
+        try:
+            # most of a run is the start of Python: aim at what comes after
+            process.wait(moments.uniform(0.5, 1.0) * whole)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        else:
+            assert process.returncode == 0, process.stderr.read()
+            break
+        check_whole({k: v for k, v in contents(group(tmp_path)).items() if "checkpoint" not in k})
+    assert kills > 0
+    subprocess.run(command(tmp_path, "--num-seeds", "3", "--resume"), check=True, capture_output=True)
+    assert contents(group(tmp_path)) == unbroken
+    assert not [path for path in group(tmp_path).rglob(".*") if path.is_file()]
+
+
+def poisoned_epoch(config, state):
+    """TD3's epoch, but at step 320 every seed whose key is even loses its actor."""
+    state, metrics = td3.epoch(config, state)
+    hit = (metrics.step == 320) & is_even(state.key)
+    actor = jax.tree.map(lambda x: jnp.where(hit, jnp.nan, x), state.params.actor)
+    return state._replace(params=state.params._replace(actor=actor)), metrics
+
+
+def is_even(key):
+    return jax.random.key_data(key)[0] % 2 == 0
+
+
+def test_diverged_seeds_are_named_and_the_others_finish(monkeypatch, capsys, tmp_path, unbroken):
+    config, seeds = CONFIG, [0, 1, 2, 3]
+    states = {seed: jax.jit(td3.init)(config, jax.random.key(seed)) for seed in seeds}
+    lost = []
+    for seed, state in states.items():
+        for _ in range(3):
+            state, metrics = jax.jit(td3.epoch)(config, state)
+        assert metrics.step == 320
+        if is_even(state.key):
+            lost.append(seed)
+    assert 0 < len(lost) < 4, "choose a rule that hits some of the seeds"
+    assert execute(monkeypatch, tmp_path, "--num-seeds", "4", epoch=poisoned_epoch) == 1
+    said = capsys.readouterr()
+    named = [line for line in said.err.splitlines() if "diverged" in line]
+    assert named == [f"seed {s} diverged: parameters are not finite by step 320" for s in lost]
+    healthy = next(seed for seed in seeds if seed not in lost)
+    rows = record.read_metrics(group(tmp_path) / f"seed_{healthy}")
+    assert rows["step"][-1] == 512
+    assert np.isfinite(list(rows.values())).all()
+    title = plot.curve(group(tmp_path)).axes[0].get_title()
+    assert f"{len(lost)} of 4 seeds diverged" in title
+    with pytest.raises(SystemExit):
+        record.load_policy(group(tmp_path) / f"seed_{lost[0]}")
+    assert "diverged" in capsys.readouterr().err
+
+
+def test_all_seeds_diverge(monkeypatch, capsys, tmp_path):
+    assert execute(monkeypatch, tmp_path, "--learning-rate", "1e38") == 1
+    assert "seed 0 diverged: parameters are not finite by step 192" in capsys.readouterr().err
+    assert (group(tmp_path) / "curve.png").exists()
+
+
+def test_resume_lists_every_difference(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cli, "check_shapes", lambda *_: None)
+    config = CONFIG
+    run.claim(group(tmp_path), SCRIPT, config, [0], resume=False)
+    assert execute(monkeypatch, tmp_path, "--resume", "--gamma", "0.9", "--hidden-sizes", "4") == 2
+    line = capsys.readouterr().err
+    assert "config.gamma: 0.99 -> 0.9" in line
+    assert "config.hidden_sizes: [8, 8] -> [4]" in line
+
+
+def test_iqm_and_interval():
+    values = np.array([8.0, 1, 7, 2, 6, 3, 5, 4])
+    assert plot.iqm(values) == pytest.approx(4.5)  # the mean of 3, 4, 5, 6
+    assert plot.iqm(np.array([-1e9, *values[1:7], 1e9])) == pytest.approx(plot.iqm(values), abs=0.6)
+    low, high = plot.interval(np.stack([values, np.full(8, 2.0)], axis=1))
+    assert low[1] == high[1] == 2
+    assert 1 <= low[0] < 4.5 < high[0] <= 8
+    # the interval covers the centre of a normal sample about 95 times in 100
+    samples = np.random.default_rng(0).normal(size=(40, 300))
+    low, high = plot.interval(samples)
+    assert 0.89 <= np.mean((low < 0) & (high > 0)) <= 0.99
+
+
+def test_curve_has_labels_band_and_thin_lines(tmp_path):
+    for seed, final in enumerate([1.0, 2.0, 3.0, 4.0]):
+        rows = [{"step": s, "eval_return_mean": final * s, "finite": 1} for s in (10, 20)]
+        record.write_metrics(tmp_path / "td3" / "Env" / "run" / f"seed_{seed}", rows)
+    axes = plot.curve(tmp_path / "td3" / "Env" / "run").axes[0]
+    assert axes.get_xlabel() == "environment steps"
+    assert axes.get_ylabel() == "greedy return (sum of rewards per episode)"
+    assert axes.get_title() == "td3 on Env"
+    *thin, mean = axes.get_lines()
+    assert len(thin) == 4
+    np.testing.assert_allclose(mean.get_ydata(), [25, 50])  # the mean of the seeds 2 and 3
+    assert len(axes.collections) == 1
