@@ -251,20 +251,28 @@ def actor_loss(actor_params, params, batch):
 
 
 def steps_per_iteration(config):
-    """Environment steps between two returns to the environments: the least for whole actor updates. ValueError if bad."""
-    steps = math.lcm(config.num_envs, config.policy_delay)
-    for name in ("learning_starts", "steps_per_epoch", "buffer_size"):
-        if getattr(config, name) % steps:
-            rule = f"the least common multiple of num_envs={config.num_envs} and policy_delay={config.policy_delay}"
-            raise ValueError(f"{name}={getattr(config, name)}: must be a multiple of {steps}, {rule}")
-    if config.learning_starts >= config.total_steps:
-        raise ValueError(f"learning_starts={config.learning_starts}: must be less than total_steps={config.total_steps}")
-    if (config.total_steps - config.learning_starts) % config.steps_per_epoch:
-        rule = f"learning_starts={config.learning_starts} plus a multiple of steps_per_epoch={config.steps_per_epoch}"
-        raise ValueError(f"total_steps={config.total_steps}: must be {rule}")
-    if config.batch_size > (stored := min(config.learning_starts, config.buffer_size)):
-        raise ValueError(f"batch_size={config.batch_size}: must be at most {stored}, what the warm-up stores")
-    return steps
+    """Environment steps between returns to learning: the fewest that make whole steps of all environments and whole
+    updates of the actor."""
+    return math.lcm(config.num_envs, config.policy_delay)
+
+
+def check(config):
+    """Raise a ValueError `field=value: rule` where sizes and counts do not fit together."""
+    starts, steps = config.learning_starts, steps_per_iteration(config)
+    stored = min(starts, config.buffer_size)
+    lcm = f"a multiple of {steps}, the least common multiple of num_envs={config.num_envs} and policy_delay"
+    whole = f"learning_starts={starts} plus a multiple of steps_per_epoch={config.steps_per_epoch}"
+    rules = [
+        ("learning_starts", starts % steps == 0, lcm),
+        ("steps_per_epoch", config.steps_per_epoch % steps == 0, lcm),
+        ("buffer_size", config.buffer_size % steps == 0, lcm),
+        ("batch_size", config.batch_size <= stored, f"at most {stored}, what the warm-up stores"),
+        ("learning_starts", starts < config.total_steps, f"less than total_steps={config.total_steps}"),
+        ("total_steps", (config.total_steps - starts) % config.steps_per_epoch == 0, whole),
+    ]
+    for name, kept, rule in rules:
+        if not kept:
+            raise ValueError(f"{name}={getattr(config, name)}: must be {rule}")
 
 
 def collect(config, state, policy):
@@ -359,7 +367,8 @@ def evaluate(config, params, key):
 
 
 def init(config, key):
-    """Networks, targets, and a buffer filled by the warm-up. ValueError where sizes and counts do not fit."""
+    """Networks, targets, and a buffer filled by the warm-up. ValueError where the configuration does not fit."""
+    check(config)
     key, key_actor, key_critic, key_env = random.split(key, 4)
     _, _, low, _ = make_env(config)
     env_state, obs = env_init(config, key_env)

@@ -22,11 +22,7 @@ def open_folder(group, seeds):
 
 def save(manager, step, waves, rows):
     """Save the stacked states `waves` and the metrics rows of each seed; return `{seed: state}` on the host."""
-    wave_size = len(jax.tree.leaves(waves[0])[0])
-    states = {}
-    for i, seed in enumerate(rows):
-        state = jax.tree.map(lambda x, i=i: x[i % wave_size], to_host(waves[i // wave_size]))
-        states[seed] = state
+    states = dict(zip(rows, (state for wave in waves for state in split(wave)), strict=False))  # a last wave is padded
     leaves = {str(seed): [np.asarray(x) for x in jax.tree.leaves(state)] for seed, state in states.items()}
     args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), rows=ocp.args.JsonSave([*rows.values()]))
     if step != manager.latest_step():
@@ -48,17 +44,21 @@ def restore(manager, programs, seeds):
     return dict(zip(seeds, saved.rows, strict=True)), waves
 
 
-def to_host(state):
-    """The state as NumPy arrays, its random keys as their data."""
-    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, state))
+def split(wave):
+    """The states of a wave's seeds as NumPy arrays, random keys as their data; on a CPU they are views, not copies."""
+    wave = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, wave)
+    leaves = [[row for shard in x.addressable_shards for row in np.asarray(shard.data)] for x in jax.tree.leaves(wave)]
+    return [jax.tree.unflatten(jax.tree.structure(wave), state) for state in zip(*leaves, strict=True)]
 
 
 def to_device(array, like, sharding):
-    """An array as it was before `to_host`."""
-    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
-        array = jax.random.wrap_key_data(array)
-    return jax.device_put(array, sharding)
+    """An array as it was before `split`."""
+    return jax.device_put(jax.random.wrap_key_data(array) if is_key(like) else array, sharding)
+
+
+def is_key(x):
+    """Whether `x` holds random keys."""
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def delete(manager):

@@ -92,11 +92,11 @@ def find_seed(run):
 
 def summarize(returns):
     """`returns [n]` as text: their mean and its standard error."""
-    mean, error = returns.mean(), returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
-    places = decimals(error or abs(mean)) if len(returns) > 1 else decimals(abs(mean))
-    count = f"{len(returns)} episodes" if len(returns) > 1 else "1 episode"
-    shown = f"{error:.{places}f}" if len(returns) > 1 else "n/a"
-    return f"{count}: return {mean:.{places}f} ± {shown} (mean ± standard error)"
+    n, mean = len(returns), returns.mean()
+    error = returns.std(ddof=1) / math.sqrt(n) if n > 1 else None
+    places = decimals(error or abs(mean))
+    shown = "n/a" if error is None else f"{error:.{places}f}"
+    return f"{n} episode{'s' * (n > 1)}: return {mean:.{places}f} ± {shown} (mean ± standard error)"
 
 
 def decimals(scale):

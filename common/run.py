@@ -5,8 +5,9 @@
 device a core), wave after wave, so that the program, and with it every bit of a seed, is the same whatever the number
 of seeds; on a GPU all seeds in one wave, those of a device vmapped.
 
-Memory: the peak of a run is the replay buffers, `num_seeds * buffer_size * 4 * (2 * obs_dim + action_dim + 2)` bytes,
-plus at most 1 GiB for everything else. A checkpoint passes through host memory, one wave at a time.
+Memory: the replay buffers take `num_seeds * buffer_size * 4 * (2 * obs_dim + action_dim + 2)` bytes, updated in place.
+Everything else, the interpreter included, stays under 1 GiB, but while Orbax writes a checkpoint it holds one copy of
+the buffers more.
 """
 
 import contextlib
@@ -268,8 +269,10 @@ def finish(config, group, seeds, options):
         )
     elif len(final):
         error = rows[seeds[0]]["eval_return_std"][-1] / math.sqrt(config.num_eval_episodes)
-        print(f"greedy return after {config.total_steps:,} steps: {final[0]:.1f} "
-              f"(mean of {config.num_eval_episodes} episodes, standard error {error:.1f})")
+        print(
+            f"greedy return after {config.total_steps:,} steps: {final[0]:.1f} "
+            f"(mean of {config.num_eval_episodes} episodes, standard error {error:.1f})"
+        )
     for seed in diverged:
         step = int(rows[seed]["step"][rows[seed]["finite"] == 0][0])
         print(f"seed {seed} diverged: parameters are not finite by step {step}", file=sys.stderr)
