@@ -6,7 +6,8 @@ the actor and all targets move once for every `policy_delay` updates of the crit
     initialise critics q1, q2, actor d, targets q1', q2', d' as copies, an empty replay buffer R
     fill R with learning_starts transitions of uniformly random actions
     repeat until total_steps environment steps:
-        in num_envs environments: a = clip(d(s) + exploration_noise * N(0, 1), -1, 1); store (s, a, r, s', terminated) in R
+        in num_envs environments: take a = clip(d(s) + exploration_noise * N(0, 1), -1, 1) and
+            store (s, a, r, s', terminated) in R
         once for each environment step:
             draw a batch from R
             a~ = clip(d'(s') + clip(target_noise * N(0, 1), -noise_clip, noise_clip), -1, 1)

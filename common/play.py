@@ -6,6 +6,7 @@ Of an algorithm's module it needs `Config` and `act` only. Episode `i` of `--see
 is, and the film shows episode 0.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -62,8 +63,6 @@ def main():
         cli.fail(f"--seed {play.seed}: must be from 0 to {cli.INT_MAX}")
     if play.gif and (play.gif.suffix.lower() != ".gif" or play.gif.is_dir()):
         cli.fail(f"--gif {play.gif}: must be a file that ends in .gif")
-    if play.backend == "gymnasium":
-        jax.config.update("jax_platforms", "cpu")  # one observation at a time: a GPU would mostly wait
     module, config, params = record.load_policy(find_seed(play.run))
     if play.backend == "gymnax":
         returns = gymnax_returns(module.act, config, params, play.seed, jnp.arange(play.episodes))
@@ -234,17 +233,22 @@ def gymnasium_episode(env, act, seed):
     return total, frames
 
 
+def compile_act(act, config, params):
+    """The policy as `obs -> action`, on the CPU: with one observation at a time a GPU would mostly wait."""
+    with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave no CPU
+        params = jax.device_put(params, jax.local_devices(backend="cpu")[0])
+    return functools.partial(jax.jit(act), config, params)
+
+
 def gymnasium_returns(act, config, params, seed, episodes):
     """Undiscounted returns `[episodes]`."""
-    env = make_gymnasium(config.env)
-    greedy = functools.partial(jax.jit(act), config, jax.device_put(params))
+    env, greedy = make_gymnasium(config.env), compile_act(act, config, params)
     return [gymnasium_episode(env, greedy, seed + i)[0] for i in range(episodes)]
 
 
 def gymnasium_film(act, config, params, seed):
     """Episode 0 as `(return, frames)`."""
-    greedy = functools.partial(jax.jit(act), config, jax.device_put(params))
-    return gymnasium_episode(make_gymnasium(config.env, "rgb_array"), greedy, seed)
+    return gymnasium_episode(make_gymnasium(config.env, "rgb_array"), compile_act(act, config, params), seed)
 
 
 # GIF

@@ -71,11 +71,16 @@ def describe(script, config, seed):
         "seed": seed,
         "config": dataclasses.asdict(config),
         "source": str(Path(script).resolve()),
-        "source_sha256": hashlib.sha256(Path(script).read_bytes()).hexdigest(),
+        "source_sha256": source_hash(script),
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
     }
     return json.loads(json.dumps(description))  # tuples become the lists that a reader gets
+
+
+def source_hash(script):
+    """SHA-256 of an algorithm's file."""
+    return hashlib.sha256(Path(script).read_bytes()).hexdigest()
 
 
 def differences(old, new, prefix=""):
@@ -151,12 +156,14 @@ def load_policy(folder):
     description = read_config(folder)
     try:
         module = load_algorithm(description["algorithm"], description["source"])
+        if source_hash(module.__file__) != description["source_sha256"]:
+            print(f"note: {module.__file__} has changed since this run", file=sys.stderr)
         register_env(description["config"]["env"])
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
         config = module.Config(**values)
-    except (KeyError, TypeError, AttributeError) as error:
-        fail(f"{folder / 'config.json'}: not a run's description: {type(error).__name__}: {error}")
-    shapes = jax.eval_shape(module.init, config, jax.random.key(0)).params
+        shapes = jax.eval_shape(module.init, config, jax.random.key(0)).params
+    except Exception as error:  # a description or a source that somebody edited can be wrong in any way
+        fail(f"{folder / 'config.json'}: describes no run that can be rebuilt: {type(error).__name__}: {error}")
     names, leaves = array_names(shapes), jax.tree.leaves(shapes)
     path = folder / "policy.npz"
     try:
@@ -164,7 +171,7 @@ def load_policy(folder):
             arrays = dict(file)
     except FileNotFoundError:
         fail(f"{path}: no policy saved yet")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
         fail(f"{path}: truncated or not a policy: {error}")
     if sorted(arrays) != sorted(names):
         fail(f"{path}: not a policy of {description['algorithm']}: it must hold the arrays {', '.join(names)}")

@@ -1,0 +1,46 @@
+"""The README's code runs as it stands, and its commands name what exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from algorithms import td3
+from common import cli, play
+
+ROOT = Path(td3.__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_python_block_prints_what_it_says(tmp_path):
+    (block,) = blocks("python")
+    assert len(block.strip().splitlines()) <= 10
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines() == re.findall(r"print.*# (\([\d, ]*\))", block)
+
+
+def test_copied_file_runs_anywhere_with_the_command_line(tmp_path):
+    commands = next(block for block in blocks("bash") if "cp " in block).strip()
+    small = " --total-steps 128 --learning-starts 64 --steps-per-epoch 64 --batch-size 16 --num-eval-episodes 2"
+    script = commands.replace("algorithms/td3.py", str(ROOT / "algorithms" / "td3.py")).replace("python", sys.executable)
+    subprocess.run(["bash", "-ec", script + small], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "results/runs/my_idea/Pendulum-v1/first-try/seed_0/policy.npz").exists()
+
+
+def test_commands_and_links_name_what_exists(capsys):
+    assert "pip install -e . && python algorithms/td3.py --seed 0\n" in blocks("bash")
+    assert 'pip install -e ".[test]" && pytest\n' in blocks("bash")
+    for link in re.findall(r"\]\(([\w./-]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+    flags = {f"--{name.replace('_', '-')}" for c in (td3.Config, cli.Options, play.Play) for name in c.__annotations__}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
+    assert named - flags - {"--help", "--rejax"} == set()
+
+
+def test_every_figure_of_the_benchmark_is_the_measured_one():
+    table = (ROOT / "results" / "benchmark.md").read_text()
+    assert table.strip() in TEXT
