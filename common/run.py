@@ -49,10 +49,14 @@ def main(config_class, init, epoch):
 
 def set_up_backend():
     """A CPU device for each core, and the compilation cache; an environment that says otherwise wins."""
+    if "NPROC" not in os.environ:
+        # XLA's threads: more than one hand small operations around, which costs up to a third of the speed
+        os.environ["NPROC"] = "1"
+        clear_backends()  # importing gymnax makes arrays, and with them a backend
     given = os.environ.get("XLA_FLAGS", "") + " ".join(os.environ)
     if "xla_force_host_platform_device_count" not in given and "JAX_NUM_CPU_DEVICES" not in given:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        clear_backends()  # importing gymnax makes arrays, on a backend with one device
+        clear_backends()
         jax.config.update("jax_num_cpu_devices", cores)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amortax"
