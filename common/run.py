@@ -99,13 +99,15 @@ class Programs(NamedTuple):
     sharding: jax.sharding.Sharding
 
 
-def compile_programs(config, init, epoch, num_seeds):
+def compile_programs(config, init, epoch, num_seeds, per_device=None):
     """Compile `init` and `epoch`; both take and give a leading axis `[wave_size]` of seeds.
 
+    `per_device` seeds of a wave share a device: by default one on a CPU, on a GPU as many as it takes for one wave.
     `epoch` also gives `finite [wave_size]`: whether every learned parameter is.
     """
     devices = jax.local_devices()
-    per_device = 1 if devices[0].platform == "cpu" else math.ceil(num_seeds / len(devices))
+    if per_device is None:
+        per_device = 1 if devices[0].platform == "cpu" else math.ceil(num_seeds / len(devices))
     devices = devices[: math.ceil(num_seeds / per_device)]
     mesh = jax.make_mesh((len(devices),), ("seed",), (jax.sharding.AxisType.Auto,), devices=devices)
     # a device is a core: threads of its own would only get in the way of its neighbours
@@ -149,7 +151,7 @@ def run(config, init, epoch, seeds, group, options):
         programs = compile_programs(config, init, epoch, len(seeds))
         if options.resume and saved.latest_step() is not None:
             rows, waves = checkpoint.restore(saved, programs, seeds)
-            step = rows[seeds[0]][-1]["step"]
+            step = saved.latest_step()
         else:
             rows, waves = {seed: [] for seed in seeds}, start(config, programs, seeds)
             step = config.learning_starts

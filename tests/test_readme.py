@@ -26,7 +26,7 @@ def test_python_block_prints_what_it_says(tmp_path):
 def test_copied_file_runs_anywhere_with_the_command_line(tmp_path):
     commands = next(block for block in blocks("bash") if "cp " in block).strip()
     small = " --total-steps 128 --learning-starts 64 --steps-per-epoch 64 --batch-size 16 --num-eval-episodes 2"
-    script = commands.replace("algorithms/td3.py", str(ROOT / "algorithms" / "td3.py")).replace("python", sys.executable)
+    script = commands.replace("algorithms", str(ROOT / "algorithms")).replace("python", sys.executable)
     subprocess.run(["bash", "-ec", script + small], cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "results/runs/my_idea/Pendulum-v1/first-try/seed_0/policy.npz").exists()
 

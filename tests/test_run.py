@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from algorithms import td3
-from common import cli, plot, record, run
+from common import checkpoint, cli, plot, record, run
 
 SCRIPT = Path(td3.__file__)
 SMALL = {
@@ -181,6 +182,43 @@ def test_interrupt_saves_and_resumes(monkeypatch, capsys, unbroken, tmp_path):
     subprocess.run(command(tmp_path, *flags, "--resume"), check=True, capture_output=True, env=env)
     assert contents(group(tmp_path)) == unbroken
     assert sorted(path.name for path in group(tmp_path).iterdir()) == ["curve.png", "seed_0", "seed_1", "seed_2"]
+
+
+def test_interrupt_before_the_first_epoch(monkeypatch, tmp_path, unbroken):
+    def interrupted():
+        asked = threading.Event()
+        asked.set()
+        return asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "catch_interrupts", interrupted)
+        assert execute(patch, tmp_path) == 130
+    assert execute(monkeypatch, tmp_path, "--resume", "--no-plot") == 0
+    for name, data in contents(group(tmp_path) / "seed_0").items():
+        assert data == unbroken[f"seed_0/{name}"], name
+
+
+def test_seeds_that_share_a_device_are_vmapped(tmp_path):
+    """As on a GPU: two seeds on each of two devices, the last one a filler, equal single runs but for rounding."""
+    seeds = [0, 1, 2]
+    programs = run.compile_programs(CONFIG, td3.init, td3.epoch, len(seeds), per_device=2)
+    assert programs.wave_size == 4
+    waves = run.start(CONFIG, programs, seeds)
+    manager = checkpoint.open_folder(tmp_path, seeds)
+    states = checkpoint.save(manager, 128, waves, {seed: [] for seed in seeds})
+    alone = {seed: jax.jit(td3.init)(CONFIG, jax.random.key(seed)) for seed in seeds}
+    for seed in seeds:
+        for ours, theirs in zip(jax.tree.leaves(states[seed].params), jax.tree.leaves(alone[seed].params), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    # a checkpoint of this layout goes on in the other one, a seed a device
+    single = run.compile_programs(CONFIG, td3.init, td3.epoch, len(seeds))
+    _, restored = checkpoint.restore(manager, single, seeds)
+    assert (len(restored), single.wave_size) == (2, 2)
+    _, metrics, finite = run.advance(CONFIG, programs, waves)
+    _, expected, _ = run.advance(CONFIG, single, restored)
+    assert finite.tolist() == [True] * 4
+    np.testing.assert_allclose(metrics.critic_loss, expected.critic_loss, rtol=1e-3)
+    np.testing.assert_array_equal(metrics.step, [192] * 4)
 
 
 def check_whole(files):

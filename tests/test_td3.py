@@ -427,6 +427,7 @@ def test_env_step_takes_scaled_actions_and_gives_unscaled_ones():
     np.testing.assert_allclose(transition.reward, [-0.5, 2.5, 5.5], rtol=1e-6)
     np.testing.assert_array_equal(transition.action, action)
     np.testing.assert_array_equal(next_obs, np.tile(np.arange(1.0, 7), (3, 1)))
+    assert obs.dtype == next_obs.dtype == transition.next_obs.dtype == jnp.float32
 
 
 def test_act_stays_in_the_box_and_in_its_shape():
@@ -491,7 +492,7 @@ def test_vmap_over_configs_and_seeds_equals_separate_runs():
     stacked = jax.tree.map(lambda *x: jnp.array(x), *configs)
     assert stacked.learning_rate.shape == stacked.gamma.shape == (3,)
     over_seeds = jax.vmap(td3.train, in_axes=(None, 0))
-    together = jax.jit(jax.vmap(over_seeds, in_axes=(0, None)))(stacked, jax.vmap(random.key)(jnp.arange(2)))
+    together = quick_jit(jax.vmap(over_seeds, in_axes=(0, None)))(stacked, jax.vmap(random.key)(jnp.arange(2)))
     alone = [[train(config, random.key(seed)) for seed in range(2)] for config in configs]
     for i in range(3):
         for seed in range(2):
@@ -607,9 +608,9 @@ def test_the_largest_batch_that_the_warm_up_fills_is_no_mistake():
 # Learning
 
 
-# A broken TD3 shows in its returns, or in its critics' value less the discounted return that they are to estimate (below
-# zero with the smaller of two critics). Single seeds after 6,000 steps, 16 on jax 0.10.2 and 16 on 0.11.2 (16 in all for
-# the clip bounds and the mask, 8 for the last row):
+# A broken TD3 shows in its returns, or in its critics' value less the discounted return that they are to estimate (less
+# than zero, with the smaller of two critics). Single seeds after 6,000 steps, 16 on jax 0.10.2 and 16 on 0.11.2, but 16
+# in all of the clip bounds and the mask, 8 of the last row:
 #
 #                                          return          value error
 #   TD3 as it is                           -127 ... -171     -53 ... -18    but for one seed: -378, +34
@@ -625,14 +626,8 @@ def has_learned(final_return, value_error):
     return final_return > -180 and -80 < value_error < -8
 
 
-def interquartile_mean(x):
-    x = np.sort(x)
-    cut = len(x) // 4
-    return x[cut : len(x) - cut].mean()
-
-
 def learn_pendulum(td3, num_seeds):
-    """Interquartile means over seeds after 6,000 steps: return, and the critics' value less the discounted return."""
+    """Medians over seeds after 6,000 steps: return, and the critics' value less the discounted return."""
     config = td3.Config(total_steps=6000, steps_per_epoch=5000, num_eval_episodes=64)
 
     def value_error(params):
@@ -658,18 +653,18 @@ def learn_pendulum(td3, num_seeds):
         return metrics.eval_returns.mean(), value_error(state.params)
 
     returns, errors = jax.jit(lambda keys: lax.map(run, keys))(jax.vmap(random.key)(jnp.arange(num_seeds)))
-    return interquartile_mean(returns), interquartile_mean(errors)
+    return np.median(returns), np.median(errors)
 
 
 def test_learns_pendulum():
-    assert has_learned(*learn_pendulum(td3, num_seeds=4))
+    assert has_learned(*learn_pendulum(td3, num_seeds=3))
 
 
 @pytest.mark.parametrize(
     ("old", "new", "num_seeds"),
     [
-        (".min(axis=0)", ".max(axis=0)", 4),
-        ("jnp.clip(actor(params.target_actor", "jnp.clip(-actor(params.target_actor", 4),
+        (".min(axis=0)", ".max(axis=0)", 3),
+        ("jnp.clip(actor(params.target_actor", "jnp.clip(-actor(params.target_actor", 3),
         ("(1 - batch.terminated)", "batch.terminated", 1),
         ("return -critic(", "return critic(", 1),
     ],
