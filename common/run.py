@@ -38,8 +38,8 @@ CHECKPOINT_SHARE = 0.05  # of the running time, at most, goes into checkpoints
 def main(config_class, init, epoch):
     """Command line of an algorithm file: exit code 0; 1 if a seed diverged; 2 for a mistake; 130 when interrupted."""
     script = inspect.getsourcefile(init)
-    set_up_backend()
     config, options = cli.parse_run(config_class, Path(sys.argv[0]).name)
+    set_up_backend(options.num_seeds)
     cli.check_shapes(config, init, options.num_seeds)
     group = record.group_folder(options.out, Path(script).stem, config.env, options.name)
     seeds = list(range(options.seed, options.seed + options.num_seeds))
@@ -47,17 +47,18 @@ def main(config_class, init, epoch):
     raise SystemExit(run(config, init, epoch, seeds, group, options))
 
 
-def set_up_backend():
-    """A CPU device for each core, and the compilation cache; an environment that says otherwise wins."""
+def set_up_backend(num_seeds=1):
+    """A CPU device for each core or seed, and the compilation cache; an environment that says otherwise wins."""
     if "NPROC" not in os.environ:
-        # XLA's threads: more than one hand small operations around, which costs up to a third of the speed
+        # XLA keeps this many threads, or one for each device if they are more, and threads that have no seed of their
+        # own take small operations from those that have: passing them on costs up to a third of the speed
         os.environ["NPROC"] = "1"
         clear_backends()  # importing gymnax makes arrays, and with them a backend
     given = os.environ.get("XLA_FLAGS", "") + " ".join(os.environ)
     if "xla_force_host_platform_device_count" not in given and "JAX_NUM_CPU_DEVICES" not in given:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         clear_backends()
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", min(cores, num_seeds))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amortax"
         jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -62,7 +62,9 @@ def worker_floor(fields):
     import jax.numpy as jnp
 
     from algorithms import td3
+    from common import run
 
+    run.set_up_backend(num_seeds=1)
     config = make_config(**fields)
     epoch = prepare(config, 1)
     state = jax.jit(td3.init)(config, jax.random.key(0))
@@ -77,17 +79,23 @@ def worker_floor(fields):
 
     carry = jax.tree.map(jnp.copy, (state.params, state.opt_state))
     updates = jax.jit(updates, compiler_options={"xla_cpu_multi_thread_eigen": False})
-    return timed_rates([epoch, lambda: jax.block_until_ready(updates(carry))], config.steps_per_epoch, 9)
+    return timed_rates([epoch, lambda: jax.block_until_ready(updates(carry))], config.steps_per_epoch)
 
 
 def worker_buffer(num_seeds):
     """[updates/s with a buffer of 10,000, with one of 1,000,000]."""
+    from common import run
+
+    run.set_up_backend(num_seeds)
     epochs = [prepare(make_config(buffer_size=size), num_seeds) for size in (10_000, 1_000_000)]
     return timed_rates(epochs, 2000 * num_seeds)
 
 
 def worker_rate(fields, num_seeds=1):
     """Updates/s of `num_seeds` seeds."""
+    from common import run
+
+    run.set_up_backend(num_seeds)
     config = make_config(**fields)
     return timed_rates([prepare(config, num_seeds)], config.steps_per_epoch * num_seeds, 3)[0]
 
@@ -99,6 +107,7 @@ def worker_memory(buffer_size, num_seeds):
     from algorithms import td3
     from common import checkpoint, run
 
+    run.set_up_backend(num_seeds)
     config = make_config(buffer_size=buffer_size)
     programs = run.compile_programs(config, td3.init, td3.epoch, num_seeds)
     waves = run.start(config, programs, list(range(num_seeds)))
@@ -136,17 +145,17 @@ def rejax_rate(python, hidden, buffer_size, steps):
     return float(done.stdout.split()[2])
 
 
-def measure(rejax):
+def measure(rejax, rounds):
     """Yield the rows `(what, value, comparison)` of the table."""
     for hidden in (64, 256):
-        whole, floor = work("floor", {"hidden_sizes": [hidden, hidden]})
+        whole, floor = work("floor", {"hidden_sizes": [hidden, hidden], "steps_per_epoch": 1000})
         text = f"{whole / floor:.2f} of the update-only floor, {floor:,.0f}"
         yield f"one seed, {hidden} x {hidden}", f"{whole:,.0f} updates/s", text
     for num_seeds in (1, 8):
         small, large = work("buffer", num_seeds)
         text = f"{large / small:.2f} of that with a buffer of 10,000, {small:,.0f}"
         yield f"{num_seeds} seeds, buffer of 1,000,000", f"{large:,.0f} updates/s", text
-    pairs = [(work("rate", {}, 8), work("rate", {}, 1, prefix=SINGLE_CORE)) for _ in range(3)]
+    pairs = [(work("rate", {}, 8), work("rate", {}, 1, prefix=SINGLE_CORE)) for _ in range(rounds)]
     eight, one = (statistics.median(column) for column in zip(*pairs, strict=True))
     text = f"{eight / one:.2f} x one seed on one core, {one:,.0f}"
     yield f"8 seeds on {os.cpu_count()} cores", f"{eight:,.0f} updates/s", text
@@ -154,7 +163,7 @@ def measure(rejax):
         for hidden, buffer_size, steps in ((64, 50_000, 6000), (64, 1_000_000, 2000), (256, 50_000, 3000)):
             fields = {"hidden_sizes": [hidden, hidden], "buffer_size": buffer_size}
             rates = [], [], []
-            for _ in range(3):
+            for _ in range(rounds):
                 rates[0].append(work("rate", fields))
                 rates[1].append(work("rate", fields | {"num_envs": 1}))
                 rates[2].append(rejax_rate(rejax, hidden, buffer_size, steps))
@@ -184,23 +193,22 @@ def main():
     """Parse the command line; measure; write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rejax", help="Python interpreter of an environment with rejax")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of processes that are compared, 3 by default")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        from common import run
-
-        run.set_up_backend()
         name, args = arguments.worker
         print(json.dumps(globals()[f"worker_{name}"](*json.loads(args))))
         return
     lines = [
         "TD3 on Pendulum-v1, the default configuration but for what is named; one update for each environment step.",
-        f"`python results/benchmark.py{' --rejax ENV/bin/python' if arguments.rejax else ''}` on {machine()}.",
+        f"`python results/benchmark.py{' --rejax ENV/bin/python' if arguments.rejax else ''} --rounds {arguments.rounds}`",
+        f"on {machine()}.",
         "",
         "| what | measured | beside |",
         "|---|---|---|",
     ]
-    for row in measure(arguments.rejax):
+    for row in measure(arguments.rejax, arguments.rounds):
         lines.append(f"| {' | '.join(row)} |")
         print(lines[-1], flush=True)
     (ROOT / "results" / "benchmark.md").write_text("\n".join(lines) + "\n")
