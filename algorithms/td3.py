@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import gymnax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax, random
 
@@ -88,7 +89,7 @@ class OptState(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """Ring of packed transitions; one array, because XLA on CPU copies a buffer of several at every step."""
+    """Ring of packed transitions: one array is written by one slice update, in place, and read by one gather."""
 
     rows: jax.Array  # [buffer_size, 2 * obs_dim + action_dim + 2]
     position: jax.Array  # [] int32, where the next row goes
@@ -122,10 +123,11 @@ class Metrics(NamedTuple):
 def make_env(config):
     """Return `(env, env_params, low, high)`, the action bounds as `[action_dim]`; ValueError without finite bounds."""
     env, env_params = gymnax.make(config.env)
-    space = env.action_space(env_params)
-    if not hasattr(space, "low"):
-        raise ValueError(f"env={config.env}: its actions are discrete, not a Box of real numbers")
-    low, high = (jnp.broadcast_to(jnp.asarray(x, float), space.shape).reshape(-1) for x in (space.low, space.high))
+    with jax.ensure_compile_time_eval():
+        space = env.action_space(env_params)
+    if not (hasattr(space, "low") and np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+        raise ValueError(f"env={config.env}: its actions must be a Box with finite bounds")
+    low, high = (np.broadcast_to(np.asarray(x, float), space.shape).reshape(-1) for x in (space.low, space.high))
     return env, env_params, low, high
 
 
@@ -144,8 +146,7 @@ def env_init(config, key):
     """Reset `num_envs` environments: `(env_state, obs [num_envs, obs_dim])`."""
     env, env_params, *_ = make_env(config)
     obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(random.split(key, config.num_envs), env_params)
-    # gymnax counts time from a Python 0; without its weak type the compiled epoch accepts its own output
-    return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), env_state), flatten(obs)
+    return env_state, flatten(obs)
 
 
 def env_step(config, env_state, obs, action, key):
