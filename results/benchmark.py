@@ -200,9 +200,10 @@ def main():
         name, args = arguments.worker
         print(json.dumps(globals()[f"worker_{name}"](*json.loads(args))))
         return
+    options = "--rejax ENV/bin/python " if arguments.rejax else ""
     lines = [
         "TD3 on Pendulum-v1, the default configuration but for what is named; one update for each environment step.",
-        f"`python results/benchmark.py{' --rejax ENV/bin/python' if arguments.rejax else ''} --rounds {arguments.rounds}`",
+        f"`python results/benchmark.py {options}--rounds {arguments.rounds}`",
         f"on {machine()}.",
         "",
         "| what | measured | beside |",
