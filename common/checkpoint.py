@@ -34,14 +34,19 @@ def restore(manager, programs, seeds):
     """`({seed: rows}, waves)` of the latest checkpoint, on the devices that `programs` were compiled for."""
     args = ocp.args.Composite(state=ocp.args.StandardRestore(), rows=ocp.args.JsonRestore())
     saved = manager.restore(manager.latest_step(), args=args)
-    filled = seeds + [seeds[-1]] * (-len(seeds) % programs.wave_size)
     info = jax.tree.leaves(programs.init.out_info)
     waves = []
-    for i in range(0, len(filled), programs.wave_size):
-        wave = [saved.state[str(seed)] for seed in filled[i : i + programs.wave_size]]
-        leaves = [to_device(np.stack(x), like, programs.sharding) for like, *x in zip(info, *wave, strict=True)]
+    for wave in in_waves(seeds, programs.wave_size):
+        states = [saved.state[str(seed)] for seed in wave]
+        leaves = [to_device(np.stack(x), like, programs.sharding) for like, *x in zip(info, *states, strict=True)]
         waves.append(jax.tree.unflatten(jax.tree.structure(programs.init.out_info), leaves))
     return dict(zip(seeds, saved.rows, strict=True)), waves
+
+
+def in_waves(seeds, wave_size):
+    """The seeds in lists of `wave_size`; the last one is filled up with copies of the last seed."""
+    filled = seeds + [seeds[-1]] * (-len(seeds) % wave_size)
+    return [filled[i : i + wave_size] for i in range(0, len(filled), wave_size)]
 
 
 def split(wave):

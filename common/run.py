@@ -33,13 +33,14 @@ from jax.sharding import PartitionSpec
 from common import checkpoint, cli, plot, record
 
 CHECKPOINT_SHARE = 0.05  # of the running time, at most, goes into checkpoints
+LARGE_PRODUCT = 2_500_000  # multiply-adds; XLA:CPU shares a matrix product of more than about these among threads
 
 
 def main(config_class, init, epoch):
     """Command line of an algorithm file: exit code 0; 1 if a seed diverged; 2 for a mistake; 130 when interrupted."""
     script = inspect.getsourcefile(init)
     config, options = cli.parse_run(config_class, Path(sys.argv[0]).name)
-    set_up_backend(options.num_seeds)
+    set_up_backend(options.num_seeds, largest_product(config))
     cli.check_shapes(config, init, options.num_seeds)
     group = record.group_folder(options.out, Path(script).stem, config.env, options.name)
     seeds = list(range(options.seed, options.seed + options.num_seeds))
@@ -47,22 +48,31 @@ def main(config_class, init, epoch):
     raise SystemExit(run(config, init, epoch, seeds, group, options))
 
 
-def set_up_backend(num_seeds=1):
-    """A CPU device for each core or seed, and the compilation cache; an environment that says otherwise wins."""
-    if "NPROC" not in os.environ:
-        # XLA keeps this many threads, or one for each device if they are more, and threads that have no seed of their
-        # own take small operations from those that have: passing them on costs up to a third of the speed
-        os.environ["NPROC"] = "1"
-        clear_backends()  # importing gymnax makes arrays, and with them a backend
+def set_up_backend(num_seeds=1, largest_product=0):
+    """A CPU device for each core or seed, and the compilation cache; an environment that says otherwise wins.
+
+    `largest_product` counts the multiply-adds of the largest matrix product of the program.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     given = os.environ.get("XLA_FLAGS", "") + " ".join(os.environ)
+    if "NPROC" not in os.environ:
+        # XLA keeps NPROC threads, or one for each device if they are more. Those that have no seed of their own take
+        # small operations from those that have, and passing them on costs up to a third of the speed. Large products
+        # gain from threads, but sum in another order with one than with several: so it must not follow from the seeds.
+        os.environ["NPROC"] = str(max(2, cores)) if largest_product > LARGE_PRODUCT else "1"
+        clear_backends()  # importing gymnax makes arrays, and with them a backend
     if "xla_force_host_platform_device_count" not in given and "JAX_NUM_CPU_DEVICES" not in given:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         clear_backends()
         jax.config.update("jax_num_cpu_devices", min(cores, num_seeds))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amortax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def largest_product(config):
+    """Multiply-adds of a batch through the widest hidden layers."""
+    return config.batch_size * max(config.hidden_sizes) ** 2
 
 
 def claim(group, script, config, seeds, resume):
@@ -111,8 +121,7 @@ def compile_programs(config, init, epoch, num_seeds, per_device=None):
         per_device = 1 if devices[0].platform == "cpu" else math.ceil(num_seeds / len(devices))
     devices = devices[: math.ceil(num_seeds / per_device)]
     mesh = jax.make_mesh((len(devices),), ("seed",), (jax.sharding.AxisType.Auto,), devices=devices)
-    # a device is a core: threads of its own would only get in the way of its neighbours
-    compiler_options = {"xla_cpu_multi_thread_eigen": False} if devices[0].platform == "cpu" else None
+    compiler_options = cpu_compiler_options() if devices[0].platform == "cpu" else None
     over_seeds = PartitionSpec("seed")
 
     def place(function):
@@ -138,6 +147,16 @@ def compile_programs(config, init, epoch, num_seeds, per_device=None):
     init = place(init).lower(config, keys).compile()
     states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), init.out_info)
     return Programs(init, place(checked_epoch).lower(config, states).compile(), wave_size, sharding)
+
+
+def cpu_compiler_options():
+    """XLA's options on a CPU: Eigen for all matrix products, a tenth faster at 256 x 256 than YNNPACK for some."""
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # a version of XLA that does not know it
+        return None
+    return options
 
 
 def run(config, init, epoch, seeds, group, options):
@@ -181,9 +200,9 @@ def run(config, init, epoch, seeds, group, options):
 
 
 def start(config, programs, seeds):
-    """The states of all seeds after `init`, as waves; the last wave is filled up with copies of the last seed."""
-    seeds = seeds + [seeds[-1]] * (-len(seeds) % programs.wave_size)
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds]).reshape(-1, programs.wave_size)
+    """The states of all seeds after `init`, as waves."""
+    waves = checkpoint.in_waves(seeds, programs.wave_size)
+    keys = [jnp.stack([jax.random.key(seed) for seed in wave]) for wave in waves]
     return [programs.init(config, jax.device_put(wave, programs.sharding)) for wave in keys]
 
 

@@ -35,6 +35,13 @@ def make_config(**fields):
     return td3.Config(**{"steps_per_epoch": 2000, "total_steps": 2_001_000} | fields)
 
 
+def set_up_backend(config, num_seeds=1):
+    """Threads and devices as the runner has them."""
+    from common import run
+
+    run.set_up_backend(num_seeds, run.largest_product(config))
+
+
 def timed_rates(calls, work, repeats=REPEATS):
     """Median units of work per second of each call, taking turns."""
     seconds = [[] for _ in calls]
@@ -64,8 +71,8 @@ def worker_floor(fields):
     from algorithms import td3
     from common import run
 
-    run.set_up_backend(num_seeds=1)
     config = make_config(**fields)
+    set_up_backend(config)
     epoch = prepare(config, 1)
     state = jax.jit(td3.init)(config, jax.random.key(0))
     action_dim = state.params.actor[-1][1].shape[-1]
@@ -78,25 +85,22 @@ def worker_floor(fields):
         return jax.lax.scan(step, carry, length=config.steps_per_epoch // config.policy_delay)[0]
 
     carry = jax.tree.map(jnp.copy, (state.params, state.opt_state))
-    updates = jax.jit(updates, compiler_options={"xla_cpu_multi_thread_eigen": False})
+    updates = jax.jit(updates, compiler_options=run.cpu_compiler_options())
     return timed_rates([epoch, lambda: jax.block_until_ready(updates(carry))], config.steps_per_epoch)
 
 
 def worker_buffer(num_seeds):
     """[updates/s with a buffer of 10,000, with one of 1,000,000]."""
-    from common import run
-
-    run.set_up_backend(num_seeds)
-    epochs = [prepare(make_config(buffer_size=size), num_seeds) for size in (10_000, 1_000_000)]
+    configs = [make_config(buffer_size=size) for size in (10_000, 1_000_000)]
+    set_up_backend(configs[0], num_seeds)
+    epochs = [prepare(config, num_seeds) for config in configs]
     return timed_rates(epochs, 2000 * num_seeds)
 
 
 def worker_rate(fields, num_seeds=1):
     """Updates/s of `num_seeds` seeds."""
-    from common import run
-
-    run.set_up_backend(num_seeds)
     config = make_config(**fields)
+    set_up_backend(config, num_seeds)
     return timed_rates([prepare(config, num_seeds)], config.steps_per_epoch * num_seeds, 3)[0]
 
 
@@ -107,8 +111,8 @@ def worker_memory(buffer_size, num_seeds):
     from algorithms import td3
     from common import checkpoint, run
 
-    run.set_up_backend(num_seeds)
     config = make_config(buffer_size=buffer_size)
+    set_up_backend(config, num_seeds)
     programs = run.compile_programs(config, td3.init, td3.epoch, num_seeds)
     waves = run.start(config, programs, list(range(num_seeds)))
     rows = {seed: [{"step": 0}] for seed in range(num_seeds)}
@@ -154,7 +158,11 @@ def measure(rejax, rounds):
     for num_seeds in (1, 8):
         small, large = work("buffer", num_seeds)
         text = f"{large / small:.2f} of that with a buffer of 10,000, {small:,.0f}"
-        yield f"{num_seeds} seeds, buffer of 1,000,000", f"{large:,.0f} updates/s", text
+        yield (
+            f"{'one seed' if num_seeds == 1 else f'{num_seeds} seeds'}, buffer of 1,000,000",
+            f"{large:,.0f} updates/s",
+            text,
+        )
     pairs = [(work("rate", {}, 8), work("rate", {}, 1, prefix=SINGLE_CORE)) for _ in range(rounds)]
     eight, one = (statistics.median(column) for column in zip(*pairs, strict=True))
     text = f"{eight / one:.2f} x one seed on one core, {one:,.0f}"

@@ -116,6 +116,18 @@ def test_seed_is_bitwise_the_same_in_any_company(unbroken, tmp_path, devices, fl
         assert data == unbroken[f"seed_2/{name}"], name
 
 
+def test_wide_seed_is_bitwise_the_same_in_any_company(tmp_path):
+    """Products that XLA shares among threads: the environment's own threads and devices, as a user has them."""
+    env = {name: value for name, value in os.environ.items() if name not in ("NPROC", "JAX_NUM_CPU_DEVICES")}
+    wide = ["--hidden-sizes", "256", "256", "--batch-size", "256", "--learning-starts", "256", "--total-steps", "320"]
+    wide += ["--no-plot", "--seed", "2"]
+    for name, *flags in (["alone"], ["together", "--num-seeds", "2"]):
+        again = command(tmp_path, *wide, "--name", name, *flags)
+        done = subprocess.run(again, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert contents(group(tmp_path, "alone") / "seed_2") == contents(group(tmp_path, "together") / "seed_2")
+
+
 def test_plain_lines_when_piped(tmp_path):
     done = subprocess.run(command(tmp_path, "--no-plot"), capture_output=True, text=True)
     lines = done.stdout.splitlines()
