@@ -58,7 +58,8 @@ def set_up_backend(num_seeds=1, largest_product=0):
     if "NPROC" not in os.environ:
         # XLA keeps NPROC threads, or one for each device if they are more. Those that have no seed of their own take
         # small operations from those that have, and passing them on costs up to a third of the speed. Large products
-        # gain from threads, but sum in another order with one than with several: so it must not follow from the seeds.
+        # gain from threads, but one thread sums in another order than several do: the choice between one and several
+        # must not depend on the number of seeds.
         os.environ["NPROC"] = str(max(2, cores)) if largest_product > LARGE_PRODUCT else "1"
         clear_backends()  # importing gymnax makes arrays, and with them a backend
     if "xla_force_host_platform_device_count" not in given and "JAX_NUM_CPU_DEVICES" not in given:
