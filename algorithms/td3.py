@@ -113,6 +113,7 @@ class Metrics(NamedTuple):
 
     step: jax.Array  # [] int32, environment steps so far
     eval_returns: jax.Array  # [num_eval_episodes], undiscounted, of the greedy policy
+    value_bias: jax.Array  # [], what the critic expects of the greedy policy at evaluation minus what it gets
     critic_loss: jax.Array  # [], sum over both critics, mean over the epoch
     actor_loss: jax.Array  # [], mean over the epoch
 
@@ -150,16 +151,20 @@ def env_init(config, key):
 
 
 def env_step(config, env_state, obs, action, key):
-    """Step every environment, resetting the ended: `(env_state, obs [num_envs, obs_dim], Transition [num_envs])`."""
+    """Step every environment, resetting the ended: `(env_state, obs [num_envs, obs_dim], Transition, ended)`.
+
+    `Transition` and `ended`, whether an episode is over for either reason, have a leading axis [num_envs].
+    """
     env, env_params, *_ = make_env(config)
     keys = random.split(key, config.num_envs)
     env_action = jax.vmap(scale_action, in_axes=(None, 0))(config, action)
-    next_obs, env_state, reward, terminated, _, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
+    next_obs, env_state, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
         keys, env_state, env_action, env_params
     )
     # next_obs may already belong to a new episode
     final_obs = flatten(info["final_observation"])
-    return env_state, flatten(next_obs), Transition(obs, action, reward, final_obs, terminated)
+    transition = Transition(obs, action, reward, final_obs, terminated)
+    return env_state, flatten(next_obs), transition, terminated | truncated
 
 
 # Networks
@@ -193,6 +198,11 @@ def critic(params, obs, action):
 def twin_critics(params, obs, action):
     """Both critics at once: `[2, ...]`."""
     return jax.vmap(critic, in_axes=(0, None, None))(params, obs, action)
+
+
+def greedy_value(params, obs):
+    """What the critics expect of the greedy policy: `obs [..., obs_dim]` to `[...]`."""
+    return twin_critics(params.critic, obs, actor(params.actor, obs)).min(axis=0)
 
 
 def act(config, params, obs):
@@ -283,7 +293,7 @@ def collect(config, state, policy):
     def step(carry, key):
         key_policy, key_env = random.split(key)
         env_state, obs = carry
-        env_state, next_obs, transition = env_step(config, env_state, obs, policy(obs, key_policy), key_env)
+        env_state, next_obs, transition, _ = env_step(config, env_state, obs, policy(obs, key_policy), key_env)
         return (env_state, next_obs), transition
 
     steps = steps_per_iteration(config)
@@ -304,19 +314,23 @@ def update_critic(config, params, opt_state, batch, noise):
 
 
 def update_actor(config, params, opt_state, batch):
-    """One Adam step of the actor, then a step of every target: `(params, opt_state, loss)`."""
+    """One Adam step of the actor: `(params, opt_state, loss)`."""
     loss, grads = jax.value_and_grad(actor_loss)(params.actor, params, batch)
     updates, adam = optax.adam(config.learning_rate).update(grads, opt_state.actor)
     params = params._replace(actor=optax.apply_updates(params.actor, updates))
-    params = params._replace(
-        target_actor=optax.incremental_update(params.actor, params.target_actor, config.tau),
-        target_critic=optax.incremental_update(params.critic, params.target_critic, config.tau),
-    )
     return params, opt_state._replace(actor=adam), loss
 
 
+def update_targets(config, params):
+    """Move every target towards its online network."""
+    return params._replace(
+        target_actor=optax.incremental_update(params.actor, params.target_actor, config.tau),
+        target_critic=optax.incremental_update(params.critic, params.target_critic, config.tau),
+    )
+
+
 def learn(config, params, opt_state, batches, noise):
-    """`policy_delay` critic updates on `batches [policy_delay, batch]`, then one of the actor on the last of them."""
+    """`policy_delay` critic updates on `batches [policy_delay, batch]`, then one of actor and targets on the last."""
 
     def step(carry, batch_and_noise):
         *carry, loss = update_critic(config, *carry, *batch_and_noise)
@@ -325,7 +339,7 @@ def learn(config, params, opt_state, batches, noise):
     (params, opt_state), critic_losses = lax.scan(step, (params, opt_state), (batches, noise))
     last_batch = jax.tree.map(lambda x: x[-1], batches)
     params, opt_state, loss = update_actor(config, params, opt_state, last_batch)
-    return params, opt_state, (critic_losses.mean(), loss)
+    return update_targets(config, params), opt_state, (critic_losses.mean(), loss)
 
 
 def iteration(config, state):
@@ -350,22 +364,32 @@ def iteration(config, state):
 
 
 def evaluate(config, params, key):
-    """Undiscounted returns `[num_eval_episodes]` of the greedy policy, whole episodes in fresh environments."""
+    """Greedy policy on whole episodes in fresh environments: `(returns [num_eval_episodes], value_bias [])`.
+
+    The returns are undiscounted. The bias is the critic's value of the first observation minus the discounted return
+    from there, its part beyond a time limit filled in with the critic's value of the last observation; a mean.
+    """
     env, env_params, *_ = make_env(config)
 
     def step(carry):
-        obs, env_state, total, _, key = carry
+        obs, env_state, _, _, total, discounted, discount, key = carry
         key, key_step = random.split(key)
         action = act(config, params, obs)
-        obs, env_state, reward, terminated, truncated, _ = env.step(key_step, env_state, action, env_params)
-        return obs, env_state, total + reward, terminated | truncated, key
+        _, env_state, reward, terminated, truncated, info = env.step(key_step, env_state, action, env_params)
+        totals = total + reward, discounted + discount * reward, discount * config.gamma
+        return info["final_observation"], env_state, terminated, truncated, *totals, key
 
     def episode(key):
         key, key_reset = random.split(key)
-        obs, env_state = env.reset(key_reset, env_params)
-        return lax.while_loop(lambda carry: ~carry[3], step, (obs, env_state, jnp.zeros(()), False, key))[2]
+        first_obs, env_state = env.reset(key_reset, env_params)
+        carry = first_obs, env_state, False, False, jnp.zeros(()), jnp.zeros(()), jnp.ones(()), key
+        carry = lax.while_loop(lambda carry: ~(carry[2] | carry[3]), step, carry)
+        last_obs, _, terminated, _, total, discounted, discount, _ = carry
+        first_value, last_value = greedy_value(params, flatten(jnp.stack([first_obs, last_obs])))
+        return total, first_value - discounted - discount * (1 - terminated) * last_value
 
-    return jax.vmap(episode)(random.split(key, config.num_eval_episodes))
+    returns, bias = jax.vmap(episode)(random.split(key, config.num_eval_episodes))
+    return returns, bias.mean()
 
 
 def init(config, key):
@@ -396,8 +420,8 @@ def epoch(config, state):
     iterations = config.steps_per_epoch // steps_per_iteration(config)
     state, losses = lax.scan(lambda state, _: iteration(config, state), state, length=iterations)
     key, key_eval = random.split(state.key)
-    returns = evaluate(config, state.params, key_eval)
-    return state._replace(key=key), Metrics(state.step, returns, *(loss.mean() for loss in losses))
+    returns, value_bias = evaluate(config, state.params, key_eval)
+    return state._replace(key=key), Metrics(state.step, returns, value_bias, *(loss.mean() for loss in losses))
 
 
 def train(config, key):
