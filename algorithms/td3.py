@@ -418,10 +418,10 @@ def init(config, key):
 def epoch(config, state):
     """`steps_per_epoch` environment steps with their updates, then a greedy evaluation: `(State, Metrics)`."""
     iterations = config.steps_per_epoch // steps_per_iteration(config)
-    state, losses = lax.scan(lambda state, _: iteration(config, state), state, length=iterations)
+    state, figures = lax.scan(lambda state, _: iteration(config, state), state, length=iterations)
     key, key_eval = random.split(state.key)
     returns, value_bias = evaluate(config, state.params, key_eval)
-    return state._replace(key=key), Metrics(state.step, returns, value_bias, *(loss.mean() for loss in losses))
+    return state._replace(key=key), Metrics(state.step, returns, value_bias, *(x.mean() for x in figures))
 
 
 def train(config, key):

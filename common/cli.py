@@ -17,6 +17,8 @@ import jax
 import numpy as np
 import tyro
 
+import common.lqr  # noqa: F401, registers its environments
+
 INT_MAX = 2**31 - 1  # steps and seeds are counted in int32
 # named here, not found by trying: gymnax makes some environments only after a download
 CONTINUOUS_ENVS = ("Pendulum-v1", "MountainCarContinuous-v0", "PointRobot-misc", "Reacher-misc", "Swimmer-misc")
@@ -89,9 +91,9 @@ def check_value(name, value):
             fail(f"{flag} {value}: must be a finite number")
         if name in ("gamma", "tau") and not 0 <= value <= 1:
             fail(f"{flag} {value}: must be in [0, 1]")
-        if "noise" in name and value < 0:
+        if ("noise" in name or name in ("ou_theta", "ou_sigma")) and value < 0:
             fail(f"{flag} {value}: must be 0 or more")
-        if "learning_rate" in name and value <= 0:
+        if ("learning_rate" in name or name in ("alpha", "initial_alpha", "ou_dt")) and value <= 0:
             fail(f"{flag} {value}: must be more than 0")
 
 

@@ -1,0 +1,132 @@
+"""Linear-quadratic regulation: environments whose best policies are known in closed form, to hold algorithms to.
+
+The state follows s' = A s + B a + w with w ~ N(0, W), and a step's reward is -(s^T Q s + a^T R a). Importing this
+module registers `LQR1-v0`, `LQR-v0` and `LQR4-v0` with gymnax, of 1, 2 and 4 state dimensions; `LQR` takes a system of
+any.
+
+Sources: Bertsekas, "Dynamic Programming and Optimal Control", volume II, section 4.2 (discounted linear-quadratic
+problems); Levine, "Reinforcement Learning and Control as Probabilistic Inference" (arXiv 1805.00909, 2018), section 2.3
+(the Boltzmann policy of a soft value).
+"""
+
+from typing import NamedTuple
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from gymnax.environments import environment, spaces
+from jax import random
+
+ENVS = {"LQR1-v0": 1, "LQR-v0": 2, "LQR4-v0": 4}  # dimensions of the state
+ACTION_BOUND = 5.0  # several times what the best policies ask for, so that it does not shape them
+
+
+@struct.dataclass
+class EnvState(environment.EnvState):
+    """A point of the state space."""
+
+    position: jax.Array  # [n]
+    time: int
+
+
+@struct.dataclass
+class EnvParams(environment.EnvParams):
+    """A system; arrays may have leading axes under vmap."""
+
+    A: jax.Array  # [n, n]
+    B: jax.Array  # [n, m]
+    Q: jax.Array  # [n, n], symmetric, positive semidefinite
+    R: jax.Array  # [m, m], symmetric, positive definite
+    noise: jax.Array  # [n, n], a square root of W: W = noise @ noise.T
+    max_steps_in_episode: int = 50
+
+
+def system(dims):
+    """Parameters of an integrator (1 dimension), a cart (2), or two carts joined by a spring (4)."""
+    dt = 0.25
+    if dims == 1:
+        A, B = [[1.0]], [[0.5]]
+    elif dims == 2:
+        A, B = [[1, dt], [0, 1]], [[dt**2 / 2], [dt]]
+    elif dims == 4:
+        A = np.eye(4) + dt * np.array([[0, 0, 1, 0], [0, 0, 0, 1], [-1, 1, 0, 0], [1, -1, 0, 0]])
+        B = [[dt**2 / 2, 0], [0, dt**2 / 2], [dt, 0], [0, dt]]
+    else:
+        raise ValueError(f"dims={dims}: must be 1, 2 or 4")
+    A, B = np.array(A, float), np.array(B, float)
+    return EnvParams(A=A, B=B, Q=np.eye(dims), R=0.5 * np.eye(B.shape[1]), noise=0.05 * np.eye(dims))
+
+
+class LQR(environment.Environment[EnvState, EnvParams]):
+    """A linear-quadratic system that starts at N(0, I), is observed exactly, never ends and is cut at a time limit."""
+
+    _supports_transition_gradients = True
+
+    def __init__(self, params=None):
+        super().__init__()
+        self.params = system(2) if params is None else params
+
+    @property
+    def default_params(self):
+        """The system that the environment was made with."""
+        return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, self.params)
+
+    def reset_env(self, key, params):
+        """Start at a standard normal point."""
+        position = random.normal(key, params.A.shape[:1])
+        return position, EnvState(position=position, time=0)
+
+    def step_env(self, key, state, action, params):
+        """Reward for where the system is and what is done to it, then one step of the dynamics."""
+        s, a = state.position, jnp.clip(action, -ACTION_BOUND, ACTION_BOUND)
+        reward = -(s @ params.Q @ s + a @ params.R @ a)
+        s = params.A @ s + params.B @ a + params.noise @ random.normal(key, s.shape)
+        s, state = self._apply_transition_gradient_policy(s, EnvState(position=s, time=state.time + 1))
+        return s, state, reward, jnp.array(False), {}
+
+    def action_space(self, params):
+        """A box wide enough never to bind the best policy."""
+        return spaces.Box(-ACTION_BOUND, ACTION_BOUND, params.B.shape[1:])
+
+    def observation_space(self, params):
+        """All of the state space."""
+        return spaces.Box(-jnp.inf, jnp.inf, params.A.shape[:1])
+
+
+for env_id, dims in ENVS.items():
+    if env_id not in gymnax.registered_envs:
+        gymnax.register(env_id, lambda dims=dims: LQR(system(dims)))
+
+
+class Solution(NamedTuple):
+    """The best value of a state is `-(s^T P s) + offset`; the best policy is a = -K s, or N(-K s, covariance)."""
+
+    P: np.ndarray  # [n, n]
+    K: np.ndarray  # [m, n]
+    covariance: np.ndarray  # [m, m], zero where entropy is worth nothing
+    offset: float
+
+
+def solve(params, gamma, alpha=0.0):
+    """The best policy of all for discount `gamma`, entropy being worth `alpha >= 0` a nat; in float64.
+
+    With M = R + gamma B^T P B, the gain is K = gamma M^-1 B^T P A and P the fixed point of the discounted Riccati map
+    P <- Q + gamma A^T P (A - B K); the soft-optimal policy is Gaussian, its covariance (alpha / 2) M^-1. RuntimeError
+    where the map does not converge: the system cannot be stabilised.
+    """
+    A, B, Q, R, noise = (np.asarray(x, np.float64) for x in (params.A, params.B, params.Q, params.R, params.noise))
+    P = Q
+    for _ in range(100_000):
+        M = R + gamma * B.T @ P @ B
+        K = gamma * np.linalg.solve(M, B.T @ P @ A)
+        P, old = Q + gamma * A.T @ P @ (A - B @ K), P
+        if np.abs(P - old).max() <= 1e-13 * np.abs(P).max():
+            break
+    else:
+        raise RuntimeError("the Riccati map does not converge")
+    covariance = alpha / 2 * np.linalg.inv(M)
+    # a Boltzmann policy's soft value exceeds its mode's by alpha log of the integral of exp(-x^T M x / alpha)
+    width = alpha / 2 * (len(M) * np.log(np.pi * alpha) - np.linalg.slogdet(M)[1]) if alpha else 0.0
+    return Solution(P, K, covariance, (width - gamma * np.trace(P @ noise @ noise.T)) / (1 - gamma))

@@ -1,0 +1,203 @@
+"""What the tests of several algorithms share: comparisons, environments with known answers, updates in NumPy."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from gymnax.environments import environment, spaces
+from jax import random
+
+# 16 updates an epoch, two epochs, and a buffer that wraps around; most tests share its compiled programs
+SMALL = {
+    "total_steps": 96,
+    "learning_starts": 64,
+    "steps_per_epoch": 16,
+    "num_envs": 4,
+    "num_eval_episodes": 2,
+    "buffer_size": 72,
+    "batch_size": 16,
+    "hidden_sizes": (8, 8),
+}
+# for programs that run for a moment only: less time in the compiler
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def replace(config, **fields):
+    return type(config)(**{**vars(config), **fields})
+
+
+def load_broken(module, tmp_path, old, new):
+    """An algorithm with the one place where `old` stands in its source replaced by `new`."""
+    source = Path(module.__file__).read_text()
+    assert source.count(old) == 1, f"{old!r} no longer stands exactly once in {module.__file__}"
+    path = tmp_path / "broken.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("broken", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def leaves(tree):
+    """Leaves as NumPy arrays, random keys by their data."""
+    arrays = jax.tree.leaves(tree)
+    return [np.asarray(random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x) for x in arrays]
+
+
+def assert_same(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for a, b in zip(leaves(tree), leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_close(tree, other, **tolerance):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for a, b in zip(leaves(tree), leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
+# Environments with known answers
+
+
+class Clock(environment.Environment):
+    """Reward 1 at every step; observes time / horizon; at the horizon it ends by itself or by the time limit."""
+
+    def __init__(self, horizon, terminates):
+        self.horizon, self.terminates = horizon, terminates
+
+    @property
+    def default_params(self):
+        return environment.EnvParams(max_steps_in_episode=10**6 if self.terminates else self.horizon)
+
+    def observe_time(self, state):
+        return jnp.array([state.time / self.horizon])
+
+    def reset_env(self, key, params):
+        state = environment.EnvState(time=0)
+        return self.observe_time(state), state
+
+    def step_env(self, key, state, action, params):
+        state = environment.EnvState(time=state.time + 1)
+        terminated = jnp.array(self.terminates) & (state.time >= self.horizon)
+        return self.observe_time(state), state, jnp.array(1.0), terminated, {}
+
+    def action_space(self, params):
+        return spaces.Box(-1.0, 1.0, (1,))
+
+
+class Table(Clock):
+    """Whole numbers `[2, 3]` for observations, actions `[2, 1]` in an asymmetric box, and their sum for a reward."""
+
+    def observe_time(self, state):
+        return state.time + jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
+
+    def step_env(self, key, state, action, params):
+        obs, state, _, terminated, info = super().step_env(key, state, action, params)
+        return obs, state, action.sum(), terminated, info
+
+    def action_space(self, params):
+        return spaces.Box(jnp.array([[-1.0], [0.5]]), jnp.array([[3.0], [2.5]]), (2, 1))
+
+
+class Walk(Clock):
+    """Reward 1 a step for a random number of steps: the end comes by itself in one step of ten, else at the horizon."""
+
+    def step_env(self, key, state, action, params):
+        obs, state, _, _, info = super().step_env(key, state, action, params)
+        return obs, state, 1.0 + action[0], random.bernoulli(key, 0.1), info
+
+
+class Bandit(Clock):
+    """One step an episode, and reward -a^2: the Boltzmann policy of a low temperature alpha is N(0, alpha / 2)."""
+
+    def step_env(self, key, state, action, params):
+        obs, state, _, terminated, info = super().step_env(key, state, action, params)
+        return obs, state, -jnp.square(action).sum(), terminated, info
+
+
+for name, env_class, horizon, terminates in (
+    ("ClockTruncated-test", Clock, 50, False),
+    ("ClockTerminated-test", Clock, 10, True),
+    ("Table-test", Table, 5, False),
+    ("Walk-test", Walk, 12, False),
+    ("Bandit-test", Bandit, 1, True),
+):
+    gymnax.register(name, functools.partial(env_class, horizon, terminates))
+
+
+# Updates in NumPy, float64
+
+
+def np_mlp(layers, x):
+    for w, b in layers[:-1]:
+        x = np.maximum(x @ w + b, 0)
+    return x @ layers[-1][0] + layers[-1][1]
+
+
+def np_critic(layers, obs, action):
+    return np_mlp(layers, np.concatenate([obs, action], axis=1))[:, 0]
+
+
+def np_critics(critics, obs, action):
+    return [np_critic([(w[i], b[i]) for w, b in critics], obs, action) for i in range(2)]
+
+
+def finite_differences(loss, params, eps=1e-6):
+    """Gradient of `loss(params)` by central differences."""
+    params = jax.tree.map(np.array, params)
+    gradient = jax.tree.map(np.zeros_like, params)
+    for x, g in zip(jax.tree.leaves(params), jax.tree.leaves(gradient), strict=True):
+        for i in np.ndindex(x.shape):
+            x0 = x[i]
+            x[i] = x0 + eps
+            above = loss(params)
+            x[i] = x0 - eps
+            g[i] = (above - loss(params)) / (2 * eps)
+            x[i] = x0
+    return gradient
+
+
+def np_adam(config, adam, params, gradient):
+    """One step of Adam: `(params, adam)`."""
+    mu = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, adam.mu, gradient)
+    nu = jax.tree.map(lambda n, g: 0.999 * n + 0.001 * g**2, adam.nu, gradient)
+    t = int(adam.count) + 1
+
+    def step(p, m, n):
+        return p - config.learning_rate * (m / (1 - 0.9**t)) / (np.sqrt(n / (1 - 0.999**t)) + 1e-8)
+
+    return jax.tree.map(step, params, mu, nu), adam._replace(count=adam.count + 1, mu=mu, nu=nu)
+
+
+def random_layers(rng, *shapes):
+    """Weights of the given shapes and biases, float64; leading axes are those of an ensemble."""
+    return [(rng.normal(size=s), 0.3 * rng.normal(size=(*s[:-2], s[-1]))) for s in shapes]
+
+
+def random_adam(rng, config, params):
+    """Adam's state after three steps, so that the size of the next gradient counts, and not its sign alone."""
+    first, *rest = optax.adam(config.learning_rate).init(params)
+    mu = jax.tree.map(lambda x: rng.normal(size=np.shape(x)), params)
+    nu = jax.tree.map(lambda x: rng.uniform(0.1, 1, size=np.shape(x)), params)
+    return (first._replace(count=np.int32(3), mu=mu, nu=nu), *rest)
+
+
+def random_batches(rng, transition_class, num_batches):
+    """Transitions `[num_batches, 8]` with observations in R^3 and actions in R^2; one of four terminates."""
+    shape = (num_batches, 8)
+    return transition_class(
+        obs=rng.normal(size=(*shape, 3)),
+        action=rng.uniform(-1, 1, size=(*shape, 2)),
+        reward=rng.normal(size=shape),
+        next_obs=rng.normal(size=(*shape, 3)),
+        terminated=np.broadcast_to(np.arange(8) % 4 == 0, shape).astype(float),
+    )
+
+
+def nth(batches, i):
+    return jax.tree.map(lambda x: x[i], batches)

@@ -1,0 +1,147 @@
+"""The linear-quadratic environment against SciPy, simulation and quadrature."""
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from jax import lax, random
+
+from common import lqr
+
+GAMMA, ALPHA = 0.9, 0.3
+DIMS = (1, 2, 4)
+
+
+def simulate(params, gamma, policy, num_episodes=4096, steps=150):
+    """Discounted returns `[num_episodes]` of `policy(s, key)` from s = (1, -1, ...), without the box."""
+    start = jnp.asarray([1.0, -1.0, 1.0, -1.0])[: len(params.A)]
+
+    def step(carry, key):
+        s, total, discount = carry
+        key_policy, key_noise = random.split(key)
+        a, bonus = policy(s, key_policy)
+        total += discount * (bonus - s @ params.Q @ s - a @ params.R @ a)
+        s = params.A @ s + params.B @ a + params.noise @ random.normal(key_noise, s.shape)
+        return (s, total, discount * gamma), None
+
+    def episode(key):
+        return lax.scan(step, (start, 0.0, 1.0), random.split(key, steps))[0][1]
+
+    return np.asarray(jax.jit(jax.vmap(episode))(random.split(random.key(0), num_episodes))), np.asarray(start)
+
+
+@pytest.mark.parametrize("dims", DIMS)
+@pytest.mark.parametrize("gamma", [0.9, 0.99])
+def test_riccati_equals_scipy(dims, gamma):
+    params = lqr.system(dims)
+    solution = lqr.solve(params, gamma)
+    root = np.sqrt(gamma)
+    P = scipy.linalg.solve_discrete_are(root * params.A, root * params.B, params.Q, params.R)
+    np.testing.assert_allclose(solution.P, P, rtol=1e-9)
+    assert np.abs(np.linalg.eigvals(params.A - params.B @ solution.K)).max() < 1
+
+
+@pytest.mark.parametrize("dims", DIMS)
+def test_value_equals_simulation_and_no_other_gain_is_better(dims):
+    params = lqr.system(dims)
+    solution = lqr.solve(params, GAMMA)
+    K = jnp.asarray(solution.K)
+    returns, start = simulate(params, GAMMA, lambda s, key: (-K @ s, 0.0))
+    expected = -start @ solution.P @ start + solution.offset
+    # the noise contributes little to the spread; six standard errors
+    np.testing.assert_allclose(returns.mean(), expected, atol=6 * returns.std() / 64)
+    for scale in (0.8, 1.2):
+        worse, _ = simulate(params, GAMMA, lambda s, key, scale=scale: (-scale * K @ s, 0.0))
+        assert (returns - worse).mean() > 6 * (returns - worse).std() / 64  # the same noise in both
+
+
+@pytest.mark.parametrize("dims", DIMS)
+def test_soft_value_equals_simulation(dims):
+    """Reward and entropy of the soft-optimal policy add up to the soft value; another covariance earns less."""
+    params = lqr.system(dims)
+    solution = lqr.solve(params, GAMMA, ALPHA)
+    np.testing.assert_array_equal(solution.K, lqr.solve(params, GAMMA).K)
+    K, start = jnp.asarray(solution.K), None
+
+    def earned(scale):
+        covariance = scale * solution.covariance
+        root = jnp.asarray(np.linalg.cholesky(covariance))
+        entropy = 0.5 * np.linalg.slogdet(2 * np.pi * np.e * covariance)[1]
+        return simulate(
+            params, GAMMA, lambda s, key: (-K @ s + root @ random.normal(key, K.shape[:1]), ALPHA * entropy)
+        )
+
+    returns, start = earned(1.0)
+    expected = -start @ solution.P @ start + solution.offset
+    np.testing.assert_allclose(returns.mean(), expected, atol=6 * returns.std() / 64)
+    for scale in (0.3, 3.0):
+        worse, _ = earned(scale)
+        assert returns.mean() - worse.mean() > 6 * (returns.std() + worse.std()) / 64
+
+
+def test_soft_value_equals_quadrature():
+    """One dimension: alpha log of the integral of exp(q / alpha) over actions gives the soft value back."""
+    params, s = lqr.system(1), 0.7
+    solution = lqr.solve(params, GAMMA, ALPHA)
+    P, W = solution.P[0, 0], params.noise[0, 0] ** 2
+    a = np.linspace(-20, 20, 400_001)
+    next_s = params.A[0, 0] * s + params.B[0, 0] * a
+    q = -(params.Q[0, 0] * s**2 + params.R[0, 0] * a**2) + GAMMA * (solution.offset - P * (next_s**2 + W))
+    density = np.exp((q - q.max()) / ALPHA)
+    value = q.max() + ALPHA * np.log(np.trapezoid(density, a))
+    np.testing.assert_allclose(value, -P * s**2 + solution.offset, rtol=1e-9)
+    mean = np.trapezoid(a * density, a) / np.trapezoid(density, a)
+    np.testing.assert_allclose(mean, -solution.K[0, 0] * s, rtol=1e-9)
+    variance = np.trapezoid((a - mean) ** 2 * density, a) / np.trapezoid(density, a)
+    np.testing.assert_allclose(variance, solution.covariance[0, 0], rtol=1e-9)
+
+
+def test_a_system_that_cannot_be_stabilised_is_refused():
+    params = lqr.system(1).replace(A=np.array([[2.0]]), B=np.array([[0.0]]))
+    with pytest.raises(RuntimeError, match="does not converge"), np.errstate(all="ignore"):
+        lqr.solve(params, 0.9)
+
+
+@pytest.mark.parametrize(("name", "dims"), lqr.ENVS.items())
+def test_environment_steps_as_the_equations_say(name, dims):
+    env, params = gymnax.make(name)
+    obs, state = env.reset(random.key(0), params)
+    assert obs.shape == (dims,)
+    action = jnp.linspace(-1, 1, params.B.shape[1])
+    still = params.replace(noise=jnp.zeros_like(params.noise))
+    next_obs, _, reward, terminated, truncated, _ = env.step(random.key(1), state, action, still)
+    np.testing.assert_allclose(next_obs, params.A @ obs + params.B @ action, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(reward, -(obs @ obs + 0.5 * action @ action), rtol=1e-5)
+    assert not terminated
+    assert not truncated
+    keys = random.split(random.key(2), 20_000)
+    noisy = jax.vmap(lambda key: env.step(key, state, action, params)[0])(keys) - next_obs
+    np.testing.assert_allclose(np.cov(noisy.T), 0.05**2 * np.eye(dims).squeeze(), atol=0.05**2 / 20)
+    last = state.replace(time=params.max_steps_in_episode - 1)
+    *_, terminated, truncated, _ = env.step(random.key(1), last, action, params)
+    assert truncated
+    assert not terminated
+
+
+@pytest.mark.parametrize("name", lqr.ENVS)
+def test_the_box_does_not_bind_the_best_policy(name):
+    """From a thousand starts and through the noise the best action stays within half of the box."""
+    env, params = gymnax.make(name)
+    K = jnp.asarray(lqr.solve(params, 0.99).K)
+
+    def episode(key):
+        obs, state = env.reset(key, params)
+
+        def step(carry, key):
+            obs, state = carry
+            action = -K @ obs
+            obs, state, *_ = env.step(key, state, action, params)
+            return (obs, state), jnp.abs(action).max()
+
+        return lax.scan(step, (obs, state), random.split(key, 49))[1].max()
+
+    largest = jax.jit(jax.vmap(episode))(random.split(random.key(0), 1000))
+    assert np.quantile(largest, 0.99) < lqr.ACTION_BOUND
+    assert np.median(largest) < lqr.ACTION_BOUND / 2
