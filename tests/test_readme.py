@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from algorithms import td3
 from common import cli, play
 
@@ -41,6 +43,6 @@ def test_commands_and_links_name_what_exists(capsys):
     assert named - flags - {"--help", "--rejax", "--rounds"} == set()
 
 
-def test_every_figure_of_the_benchmark_is_the_measured_one():
-    table = (ROOT / "results" / "benchmark.md").read_text()
-    assert table.strip() in TEXT
+@pytest.mark.parametrize("table", ["benchmark.md", "widths.md"])
+def test_every_figure_of_a_table_is_the_measured_one(table):
+    assert (ROOT / "results" / table).read_text().strip() in TEXT
