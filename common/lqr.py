@@ -23,7 +23,7 @@ ENVS = {"LQR1-v0": 1, "LQR-v0": 2, "LQR4-v0": 4}  # dimensions of the state
 ACTION_BOUND = 5.0  # several times what the best policies ask for, so that it does not shape them
 
 
-@struct.dataclass
+@struct.dataclass(kw_only=True)
 class EnvState(environment.EnvState):
     """A point of the state space."""
 
@@ -31,7 +31,7 @@ class EnvState(environment.EnvState):
     time: int
 
 
-@struct.dataclass
+@struct.dataclass(kw_only=True)
 class EnvParams(environment.EnvParams):
     """A system; arrays may have leading axes under vmap."""
 
@@ -60,7 +60,7 @@ def system(dims):
 
 
 class LQR(environment.Environment[EnvState, EnvParams]):
-    """A linear-quadratic system that starts at N(0, I), is observed exactly, never ends and is cut at a time limit."""
+    """A linear-quadratic system that starts in [-1, 1]^n, is fully observed, and cut at a time limit."""
 
     _supports_transition_gradients = True
 
@@ -74,8 +74,8 @@ class LQR(environment.Environment[EnvState, EnvParams]):
         return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, self.params)
 
     def reset_env(self, key, params):
-        """Start at a standard normal point."""
-        position = random.normal(key, params.A.shape[:1])
+        """Start at a point of the cube [-1, 1]^n."""
+        position = random.uniform(key, params.A.shape[:1], minval=-1, maxval=1)
         return position, EnvState(position=position, time=0)
 
     def step_env(self, key, state, action, params):
@@ -122,9 +122,10 @@ def solve(params, gamma, alpha=0.0):
         M = R + gamma * B.T @ P @ B
         K = gamma * np.linalg.solve(M, B.T @ P @ A)
         P, old = Q + gamma * A.T @ P @ (A - B @ K), P
-        if np.abs(P - old).max() <= 1e-13 * np.abs(P).max():
+        change = np.abs(P - old).max() / np.abs(P).max()
+        if change <= 1e-13 or np.isnan(change):
             break
-    else:
+    if not change <= 1e-13:
         raise RuntimeError("the Riccati map does not converge")
     covariance = alpha / 2 * np.linalg.inv(M)
     # a Boltzmann policy's soft value exceeds its mode's by alpha log of the integral of exp(-x^T M x / alpha)

@@ -145,9 +145,8 @@ def test_noise_has_the_moments_of_the_discretised_process(theta, sigma, mu, dt):
     for lag in (1, 5, 20):
         correlation = np.mean(x[lag:] * x[:-lag]) / variance
         np.testing.assert_allclose(correlation, phi**lag, atol=5 * np.sqrt(2 / independent))
-    # every environment and dimension has noise of its own
-    across = np.corrcoef(x[:: int(20 / (1 - phi))].T)
-    assert np.abs(across - np.eye(len(across))).max() < 0.5
+    # every environment and dimension has noise of its own: the mean of 200 processes has a 200th of the variance
+    np.testing.assert_allclose(x.mean(axis=1).var(), variance / 200, rtol=5 * np.sqrt(2 * 200 / independent))
 
 
 def test_noise_starts_anew_with_its_episode():
@@ -172,11 +171,10 @@ def test_noise_starts_anew_with_its_episode():
 
 def test_exploration_adds_the_noise_to_the_actor_within_the_box():
     """The stored actions of an iteration are the actor's, moved by a noise that drifts from one step to the next."""
-    config = replace(ddpg.Config(**SMALL), target_period=16, ou_sigma=3.0, num_envs=4)
+    config = replace(ddpg.Config(**SMALL), target_period=16, buffer_size=80, ou_sigma=3.0)
     before = jax.jit(ddpg.init)(config, random.key(0))
     after, _ = jax.jit(ddpg.iteration)(config, before)
-    new = np.arange(int(before.buffer.position), int(before.buffer.position) + 16) % 72
-    obs, action = after.buffer.rows[new, :3], after.buffer.rows[new, 3]
+    obs, action = after.buffer.rows[64:80, :3], after.buffer.rows[64:80, 3]
     noise = action - ddpg.actor(before.params.actor, obs)[:, 0]
     inside = np.abs(action) < 1
     assert 0 < inside.mean() < 1

@@ -127,7 +127,7 @@ def test_environment_steps_as_the_equations_say(name, dims):
 
 @pytest.mark.parametrize("name", lqr.ENVS)
 def test_the_box_does_not_bind_the_best_policy(name):
-    """From a thousand starts and through the noise the best action stays within half of the box."""
+    """From a thousand starts and through the noise the best action stays within the box."""
     env, params = gymnax.make(name)
     K = jnp.asarray(lqr.solve(params, 0.99).K)
 
@@ -143,5 +143,4 @@ def test_the_box_does_not_bind_the_best_policy(name):
         return lax.scan(step, (obs, state), random.split(key, 49))[1].max()
 
     largest = jax.jit(jax.vmap(episode))(random.split(random.key(0), 1000))
-    assert np.quantile(largest, 0.99) < lqr.ACTION_BOUND
-    assert np.median(largest) < lqr.ACTION_BOUND / 2
+    assert largest.max() < 0.9 * lqr.ACTION_BOUND

@@ -34,7 +34,7 @@ def constant_policy(mean, std):
 
 
 @both
-@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.2), (-2.0, 1.5), (3.0, 0.5), (0.1, 4.0)])
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.2), (-2.0, 1.5), (3.0, 0.5), (0.1, 2.5)])
 def test_density_integrates_to_one(module, mean, std):
     """Over actions in (-1, 1), by the trapezoidal rule on a grid that is fine where the density is high."""
     unsquashed = np.linspace(mean - 12 * std, mean + 12 * std, 200_001)
@@ -92,9 +92,10 @@ def test_deviation_is_bounded(module):
 def np_sample(layers, obs, noise):
     mean, log_std = np.split(np_mlp(layers, obs), 2, axis=1)
     std = np.exp(np.minimum(np.maximum(log_std, -10), 2))
-    action = np.tanh(mean + std * noise)
-    log_prob = -0.5 * noise**2 - np.log(std) - 0.5 * np.log(2 * np.pi) - np.log(1 - action**2)
-    return action, log_prob.sum(axis=1)
+    unsquashed = mean + std * noise
+    log_det = np.log(4) - 2 * np.abs(unsquashed) - 2 * np.log1p(np.exp(-2 * np.abs(unsquashed)))
+    log_prob = -0.5 * noise**2 - np.log(std) - 0.5 * np.log(2 * np.pi) - log_det
+    return np.tanh(unsquashed), log_prob.sum(axis=1)
 
 
 def np_soft_value(actor, critics, alpha, obs, noise):
@@ -124,7 +125,7 @@ def hand_case(module):
     own = {"alpha": 0.3} if has_value else {"target_entropy": -0.7}
     config = module.Config(learning_rate=0.01, gamma=0.9, tau=0.3, **own)
     actor = random_layers(rng, (3, 5), (5, 4), (4, 4))
-    actor[-1] = actor[-1][0] / 2, actor[-1][1]  # keeps most log deviations within their bounds
+    actor[-1] = actor[-1][0] / 2, actor[-1][1] + [0, 0, 1.8, 1.8]  # log deviations on both sides of their upper bound
     critics = [random_layers(rng, (2, 5, 5), (2, 5, 4), (2, 4, 1)) for _ in range(2)]
     values = [random_layers(rng, (3, 5), (5, 4), (4, 1)) for _ in range(2)]
     rest = (critics[0], *values) if has_value else (*critics, np.float64(-1.2))
@@ -229,13 +230,13 @@ def bandit(target_entropy, initial_alpha):
     """Last epoch's metrics and final parameters where every episode is one step that earns -a^2."""
     config = sac.Config(
         env="Bandit-test",
-        total_steps=6500,
-        learning_starts=500,
-        steps_per_epoch=1500,
+        total_steps=7600,
+        learning_starts=400,
+        steps_per_epoch=1200,
         num_eval_episodes=1,
         hidden_sizes=(32, 32),
         buffer_size=8000,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
         initial_alpha=initial_alpha,
         target_entropy=target_entropy,
     )
@@ -247,9 +248,9 @@ def bandit(target_entropy, initial_alpha):
 def test_temperature_drives_the_entropy_to_its_target(target_entropy, initial_alpha):
     """The Boltzmann policy of -a^2 is N(0, alpha / 2), whose entropy is log(pi e alpha) / 2, but for the squashing."""
     params, metrics = bandit(target_entropy, initial_alpha)
-    np.testing.assert_allclose(metrics.entropy, target_entropy, atol=0.05)
+    np.testing.assert_allclose(metrics.entropy, target_entropy, atol=0.03)
     alpha = np.exp(2 * target_entropy) / (np.pi * np.e)
-    np.testing.assert_allclose(metrics.alpha, alpha, rtol=0.15)
+    np.testing.assert_allclose(metrics.alpha, alpha, rtol=0.08)
     policy = sac.policy(params.actor, jnp.zeros(1))
-    np.testing.assert_allclose(policy.stddev(), np.sqrt(alpha / 2), rtol=0.15)
+    np.testing.assert_allclose(policy.stddev(), np.sqrt(alpha / 2), rtol=0.1)
     np.testing.assert_allclose(policy.mean(), 0, atol=0.05)

@@ -139,7 +139,7 @@ def test_updates_equal_the_hand_worked_case():
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (".min(axis=0)", ".max(axis=0)"),
+        ("next_action).min(axis=0)", "next_action).max(axis=0)"),
         ("config.target_noise * noise", "-config.target_noise * noise"),
         ("-config.noise_clip, config.noise_clip", "config.noise_clip, -config.noise_clip"),
         ("(1 - batch.terminated) * ", ""),
@@ -229,7 +229,7 @@ def test_learns_pendulum():
 @pytest.mark.parametrize(
     ("old", "new", "num_seeds"),
     [
-        (".min(axis=0)", ".max(axis=0)", 3),
+        ("next_action).min(axis=0)", "next_action).max(axis=0)", 3),
         ("jnp.clip(actor(params.target_actor", "jnp.clip(-actor(params.target_actor", 3),
         ("(1 - batch.terminated)", "batch.terminated", 1),
         ("return -critic(", "return critic(", 1),
