@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from gymnax.environments import environment, spaces
-from jax import random
+from jax import lax, random
 
 ENVS = {"LQR1-v0": 1, "LQR-v0": 2, "LQR4-v0": 4}  # dimensions of the state
-ACTION_BOUND = 5.0  # several times what the best policies ask for, so that it does not shape them
+ACTION_BOUND = 2.5  # several times what the best policies ask for, so that it does not shape them
 
 
 @struct.dataclass(kw_only=True)
@@ -40,23 +40,24 @@ class EnvParams(environment.EnvParams):
     Q: jax.Array  # [n, n], symmetric, positive semidefinite
     R: jax.Array  # [m, m], symmetric, positive definite
     noise: jax.Array  # [n, n], a square root of W: W = noise @ noise.T
-    max_steps_in_episode: int = 50
+    max_steps_in_episode: int = 20
 
 
 def system(dims):
-    """Parameters of an integrator (1 dimension), a cart (2), or two carts joined by a spring (4)."""
-    dt = 0.25
+    """Parameters of a leaky integrator (1 dimension), a damped cart on a spring (2), or two such carts coupled (4)."""
+    dt = 0.5
     if dims == 1:
-        A, B = [[1.0]], [[0.5]]
+        A, B = [[0.9]], [[0.5]]
     elif dims == 2:
-        A, B = [[1, dt], [0, 1]], [[dt**2 / 2], [dt]]
+        A = np.eye(2) + dt * np.array([[0, 1], [-0.4, -0.4]])
+        B = [[dt**2 / 2], [dt]]
     elif dims == 4:
-        A = np.eye(4) + dt * np.array([[0, 0, 1, 0], [0, 0, 0, 1], [-1, 1, 0, 0], [1, -1, 0, 0]])
+        A = np.eye(4) + dt * np.array([[0, 0, 1, 0], [0, 0, 0, 1], [-0.8, 0.4, -0.4, 0], [0.4, -0.8, 0, -0.4]])
         B = [[dt**2 / 2, 0], [0, dt**2 / 2], [dt, 0], [0, dt]]
     else:
         raise ValueError(f"dims={dims}: must be 1, 2 or 4")
     A, B = np.array(A, float), np.array(B, float)
-    return EnvParams(A=A, B=B, Q=np.eye(dims), R=0.5 * np.eye(B.shape[1]), noise=0.05 * np.eye(dims))
+    return EnvParams(A=A, B=B, Q=np.eye(dims), R=np.eye(B.shape[1]), noise=0.1 * np.eye(dims))
 
 
 class LQR(environment.Environment[EnvState, EnvParams]):
@@ -131,3 +132,24 @@ def solve(params, gamma, alpha=0.0):
     # a Boltzmann policy's soft value exceeds its mode's by alpha log of the integral of exp(-x^T M x / alpha)
     width = alpha / 2 * (len(M) * np.log(np.pi * alpha) - np.linalg.slogdet(M)[1]) if alpha else 0.0
     return Solution(P, K, covariance, (width - gamma * np.trace(P @ noise @ noise.T)) / (1 - gamma))
+
+
+def simulate(params, policy, gamma, key, num_episodes=512, num_steps=300):
+    """Discounted costs `[num_episodes]` of `policy(s [n]) -> a [m]`, without the box, from the environment's starts.
+
+    The same key gives the same starts and noise, whatever the policy. What comes after `num_steps` is left out.
+    """
+
+    def step(carry, key):
+        s, cost, discount = carry
+        a = policy(s)
+        cost += discount * (s @ params.Q @ s + a @ params.R @ a)
+        s = params.A @ s + params.B @ a + params.noise @ random.normal(key, s.shape)
+        return (s, cost, discount * gamma), None
+
+    def episode(key):
+        key_start, key_noise = random.split(key)
+        s = random.uniform(key_start, params.A.shape[:1], minval=-1, maxval=1)
+        return lax.scan(step, (s, 0.0, 1.0), random.split(key_noise, num_steps))[0][1]
+
+    return jax.vmap(episode)(random.split(key, num_episodes))

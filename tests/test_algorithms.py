@@ -17,6 +17,7 @@ from cases import SMALL, assert_close, assert_same, leaves, load_broken, quick_j
 from jax import lax, random
 
 from algorithms import ddpg, sac, sac_value, td3
+from common import lqr
 
 ALGORITHMS = {"ddpg": ddpg, "td3": td3, "sac_value": sac_value, "sac": sac}
 CONFIGS = {
@@ -214,6 +215,52 @@ def test_vmap_over_configs_and_seeds_equals_separate_runs(name):
     for i in range(6):
         for j in range(i):
             assert np.abs(critics[i] - critics[j]).max() > 1e-3
+
+
+# Learning
+
+
+def cost_ratio(module):
+    """Cost over that of the best gain after 6,000 steps of linear-quadratic regulation in one dimension."""
+    own = {"ou_theta": 1.0, "ou_dt": 1.0, "ou_sigma": 0.2, "exploration_noise": 0.2, "alpha": 0.1}
+    own = {field: value for field, value in own.items() if hasattr(module.Config, field)}
+    config = module.Config(
+        env="LQR1-v0",
+        total_steps=7000,
+        steps_per_epoch=6000,
+        num_eval_episodes=1,
+        gamma=0.9,
+        hidden_sizes=(256,),
+        **own,
+    )
+    state, _ = jax.jit(module.train)(config, random.key(0))
+    params = lqr.system(1)
+    K = jnp.asarray(lqr.solve(params, 0.9).K)
+
+    def cost(policy):
+        return jax.jit(lambda key: lqr.simulate(params, policy, 0.9, key).mean())(random.key(1))
+
+    return cost(lambda s: module.act(config, state.params, s)) / cost(lambda s: -K @ s)
+
+
+@every_algorithm
+def test_comes_close_to_the_best_linear_quadratic_cost(name):
+    assert 1 < cost_ratio(ALGORITHMS[name]) < 1.1
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("ddpg", "return -critic(", "return critic("),
+        ("ddpg", "batch.reward + config.gamma", "-batch.reward + config.gamma"),
+        ("sac", "* log_prob - q).mean()", "* log_prob + q).mean()"),
+        ("sac", "next_q - jnp.exp", "-next_q - jnp.exp"),
+        ("sac_value", "* log_prob - q).mean()", "* log_prob + q).mean()"),
+        ("sac_value", "- config.alpha * log_prob", "- 100 * config.alpha * log_prob"),
+    ],
+)
+def test_a_broken_algorithm_does_not_come_close(tmp_path, name, old, new):
+    assert not cost_ratio(load_broken(ALGORITHMS[name], tmp_path, old, new)) < 1.1
 
 
 # Evaluation

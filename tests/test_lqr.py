@@ -58,6 +58,17 @@ def test_value_equals_simulation_and_no_other_gain_is_better(dims):
 
 
 @pytest.mark.parametrize("dims", DIMS)
+def test_simulated_cost_equals_the_closed_form(dims):
+    """Starts uniform in the cube have covariance I / 3, so the mean cost is trace(P) / 3 less the offset."""
+    params = lqr.system(dims)
+    solution = lqr.solve(params, GAMMA)
+    K = jnp.asarray(solution.K)
+    costs = np.asarray(jax.jit(lambda key: lqr.simulate(params, lambda s: -K @ s, GAMMA, key, 4096))(random.key(0)))
+    expected = np.trace(solution.P) / 3 - solution.offset
+    np.testing.assert_allclose(costs.mean(), expected, atol=6 * costs.std() / 64)
+
+
+@pytest.mark.parametrize("dims", DIMS)
 def test_soft_value_equals_simulation(dims):
     """Reward and entropy of the soft-optimal policy add up to the soft value; another covariance earns less."""
     params = lqr.system(dims)
@@ -113,12 +124,12 @@ def test_environment_steps_as_the_equations_say(name, dims):
     still = params.replace(noise=jnp.zeros_like(params.noise))
     next_obs, _, reward, terminated, truncated, _ = env.step(random.key(1), state, action, still)
     np.testing.assert_allclose(next_obs, params.A @ obs + params.B @ action, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(reward, -(obs @ obs + 0.5 * action @ action), rtol=1e-5)
+    np.testing.assert_allclose(reward, -(obs @ obs + action @ action), rtol=1e-5)
     assert not terminated
     assert not truncated
     keys = random.split(random.key(2), 20_000)
     noisy = jax.vmap(lambda key: env.step(key, state, action, params)[0])(keys) - next_obs
-    np.testing.assert_allclose(np.cov(noisy.T), 0.05**2 * np.eye(dims).squeeze(), atol=0.05**2 / 20)
+    np.testing.assert_allclose(np.cov(noisy.T), 0.01 * np.eye(dims).squeeze(), atol=0.01 / 20)
     last = state.replace(time=params.max_steps_in_episode - 1)
     *_, terminated, truncated, _ = env.step(random.key(1), last, action, params)
     assert truncated

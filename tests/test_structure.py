@@ -4,31 +4,32 @@ XLA copies an array where it cannot see that an update in place is safe. On the 
 test would notice and everything at a million rows, so the compiled text is read, not a clock.
 """
 
-import functools
 import math
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import SMALL, quick_jit, replace
 from jax import lax, random
 
-import algorithms.td3 as td3
+from algorithms import ddpg, sac, sac_value, td3
+from common import cli
 
 CAPACITY = 4 * 2027  # more than any other array of the programs has elements
 WIDTH = 2 * 3 + 1 + 2  # a transition of Pendulum-v1
-CONFIG = td3.Config(
-    total_steps=96,
-    learning_starts=64,
-    steps_per_epoch=16,
-    num_envs=4,
-    num_eval_episodes=2,
-    buffer_size=CAPACITY,
-    batch_size=16,
-    hidden_sizes=(8, 8),
+SIZES = SMALL | {"buffer_size": CAPACITY}
+CONFIG = td3.Config(**SIZES)
+every_algorithm = pytest.mark.parametrize(
+    ("module", "config"),
+    [
+        (ddpg, ddpg.Config(**SIZES, target_period=4)),
+        (td3, CONFIG),
+        (sac_value, sac_value.Config(**SIZES)),
+        (sac, sac.Config(**SIZES)),
+    ],
+    ids=["ddpg", "td3", "sac_value", "sac"],
 )
-# less time in the compiler, after the passes that decide on copies: the text is the same
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # Opcodes that make no array of their own (what a fusion or a loop does is looked at inside), and those that write in
 # place: where XLA cannot do it in place it puts a copy before. Under vmap the write into eight buffers is a scatter.
@@ -147,16 +148,18 @@ def test_train_of_eight_seeds_one_after_the_other():
     assert_touches_batches_only(compiled, depth=2, num_seeds=2)
 
 
-def test_epoch_of_one_seed():
+@every_algorithm
+def test_epoch_of_one_seed(module, config):
     """With the state donated there is no copy at all, in a loop or out of it."""
-    state = jax.eval_shape(lambda key: td3.init(CONFIG, key), seed_key())
-    compiled = quick_jit(lambda state: td3.epoch(CONFIG, state), donate_argnums=0).lower(state).compile()
+    state = jax.eval_shape(lambda key: module.init(config, key), seed_key())
+    compiled = quick_jit(lambda state: module.epoch(config, state), donate_argnums=0).lower(state).compile()
     assert_touches_batches_only(compiled, depth=0, num_seeds=1)
 
 
-def test_epoch_of_eight_seeds_vmapped():
-    states = jax.eval_shape(jax.vmap(lambda key: td3.init(CONFIG, key)), seed_keys())
-    compiled = quick_jit(jax.vmap(lambda state: td3.epoch(CONFIG, state)), donate_argnums=0).lower(states).compile()
+@every_algorithm
+def test_epoch_of_eight_seeds_vmapped(module, config):
+    states = jax.eval_shape(jax.vmap(lambda key: module.init(config, key)), seed_keys())
+    compiled = quick_jit(jax.vmap(lambda state: module.epoch(config, state)), donate_argnums=0).lower(states).compile()
     assert_touches_batches_only(compiled, depth=0, num_seeds=8)
 
 
@@ -221,21 +224,20 @@ def test_reader_finds(step, opcode):
 # One program for all epochs
 
 
-@pytest.mark.parametrize(
-    "env", ["Pendulum-v1", "MountainCarContinuous-v0", "PointRobot-misc", "Reacher-misc", "Swimmer-misc"]
-)
-def test_epoch_takes_what_it_gives(env):
+@every_algorithm
+@pytest.mark.parametrize("env", [*cli.CONTINUOUS_ENVS, "LQR-v0"])
+def test_epoch_takes_what_it_gives(env, module, config):
     """`init` and `epoch` give states of the same types; gymnax's Python numbers, weakly typed, would differ."""
-    config = td3.Config(**{**vars(CONFIG), "env": env})
-    state = jax.eval_shape(lambda key: td3.init(config, key), seed_key())
-    next_state, _ = jax.eval_shape(lambda state: td3.epoch(config, state), state)
+    config = replace(config, env=env)
+    state = jax.eval_shape(lambda key: module.init(config, key), seed_key())
+    next_state, _ = jax.eval_shape(lambda state: module.epoch(config, state), state)
     assert jax.tree.structure(state) == jax.tree.structure(next_state)
     for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(next_state), strict=True):
         assert (before.shape, before.dtype, before.weak_type) == (after.shape, after.dtype, after.weak_type)
 
 
 def test_epoch_compiles_once():
-    config = td3.Config(**{**vars(CONFIG), "env": "PointRobot-misc"})
+    config = replace(CONFIG, env="PointRobot-misc")
     state = quick_jit(lambda key: td3.init(config, key))(random.key(0))
     # jit counts by function: a new one, for a count of its own
     epoch = quick_jit(lambda state: td3.epoch(config, state), donate_argnums=0)
