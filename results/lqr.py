@@ -1,0 +1,92 @@
+"""Hold the actor-critics to the best policies of linear-quadratic regulation; write `lqr.md`.
+
+    python results/lqr.py
+
+Costs are discounted, over 2,048 episodes, in ratio to those of the Riccati gain from the same starts and with the same
+noise. The mean action's error is its distance from -K s in ratio to -K s, root mean square over the starts; variances
+are in ratio to the soft-optimal ones, a mean over the starts. A diagonal Gaussian comes closest to a full one when each
+variance is the inverse of a diagonal element of the precision.
+"""
+
+import argparse
+import subprocess
+import sys
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmark import ROOT, machine
+
+from common import lqr, record
+
+GAMMA = 0.9
+# one wide layer: its value has more, and smaller, kinks for the actor to stop at than two narrow ones
+FLAGS = "--gamma 0.9 --hidden-sizes 512 --num-eval-episodes 64"
+OWN = {
+    "ddpg": "--ou-theta 1 --ou-dt 1 --ou-sigma 0.2",
+    "td3": "--exploration-noise 0.2",
+    "sac_value": "--alpha 0.1",
+    "sac": "",
+}
+
+
+def train(algorithm, env, seeds, steps):
+    """`[(module, config, params, temperature)]` of the seeds; goes on where it was stopped."""
+    group = record.group_folder(ROOT / "results" / "runs", algorithm, env, "closed-form")
+    flags = f"{FLAGS} {OWN[algorithm]} --env {env} --num-seeds {seeds} --name {group.name} --no-plot"
+    flags += f" --total-steps {steps + 1000} --steps-per-epoch {steps // 4}" + " --resume" * group.exists()
+    subprocess.run([sys.executable, f"algorithms/{algorithm}.py", *flags.split()], check=True, cwd=ROOT)
+    runs = []
+    for seed in range(seeds):
+        module, config, params = record.load_policy(record.seed_folder(group, seed))
+        alpha = np.exp(params.log_alpha) if algorithm == "sac" else getattr(config, "alpha", 0.0)
+        runs.append((module, config, params, float(alpha)))
+    return runs
+
+
+def compare(module, config, params, alpha):
+    """`(cost ratio, error of the mean action, ratio of variances)`; the last is NaN for a deterministic policy."""
+    system = gymnax.make(config.env)[1]
+    best = lqr.solve(system, GAMMA, alpha)
+    key, K = jax.random.key(1), jnp.asarray(best.K)
+    policies = (lambda s: module.act(config, params, s)), (lambda s: -K @ s)
+    ours, theirs = (jax.jit(lambda key, f=f: lqr.simulate(system, f, GAMMA, key, 2048).mean())(key) for f in policies)
+    starts = jax.random.uniform(key, (1000, len(system.A)), minval=-1, maxval=1)
+    action, target = jax.vmap(policies[0])(starts), -starts @ K.T
+    error = jnp.sqrt(jnp.square(action - target).mean() / jnp.square(target).mean())
+    if not alpha:
+        return float(ours / theirs), float(error), float("nan")
+    noise = jax.random.normal(key, (512, *action.shape))
+    sampled = lqr.ACTION_BOUND * module.sample(params.actor, starts, noise)[0]
+    precision = np.diag(np.linalg.inv(best.covariance))
+    return float(ours / theirs), float(error), float((sampled.var(axis=0) * precision).mean())
+
+
+def main():
+    """Parse the command line; train; write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-seeds", type=int, default=4)
+    parser.add_argument("--num-steps", type=int, default=24_000, help="environment steps after the warm-up")
+    arguments = parser.parse_args()
+    seeds, steps = arguments.num_seeds, arguments.num_steps
+    lines = [
+        f"Linear-quadratic systems after {steps:,} environment steps: means over {seeds} seeds, the worst in brackets.",
+        f"`python results/lqr.py --num-seeds {seeds} --num-steps {steps}`",
+        f"on {machine()}.",
+        "",
+        "| algorithm | dimensions | cost / best cost | error of the mean action | variance / soft-optimal variance |",
+        "|---|---|---|---|---|",
+    ]
+    for algorithm in OWN:
+        for env, dims in lqr.ENVS.items():
+            figures = np.array([compare(*run) for run in train(algorithm, env, seeds, steps)])
+            worst = *figures[:, :2].max(axis=0), figures[np.abs(figures[:, 2] - 1).argmax(), 2]
+            cells = [f"{mean:.3f} ({far:.3f})" for mean, far in zip(figures.mean(axis=0), worst, strict=True)]
+            lines.append(f"| {algorithm} | {dims} | {' | '.join(cells)} |".replace("nan (nan)", ""))
+            print(lines[-1], flush=True)
+    (ROOT / "results" / "lqr.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
