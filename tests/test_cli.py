@@ -11,17 +11,17 @@ import pytest
 from gymnax.environments import spaces
 from gymnax.environments.classic_control.pendulum import Pendulum
 
-from algorithms import td3
+from algorithms import ddpg, sac, sac_value, td3
 from common import cli, run
 
 SCRIPT = Path(td3.__file__)
 
 
-def fails(monkeypatch, capsys, out, *flags):
+def fails(monkeypatch, capsys, out, *flags, module=td3):
     """Run the command in this process; return its one line of error after checking the rest."""
     monkeypatch.setattr(sys, "argv", ["td3.py", "--out", str(out), *flags])
     with pytest.raises(SystemExit) as error:
-        run.main(td3.Config, td3.init, td3.epoch)
+        run.main(module.Config, module.init, module.epoch)
     said = capsys.readouterr()
     assert error.value.code == 2
     assert said.err.count("\n") == 1
@@ -82,6 +82,27 @@ def test_mistake(monkeypatch, capsys, tmp_path, flags, named):
     for text in named:
         assert text in line
     assert not out.exists()
+
+
+OWN_MISTAKES = [
+    (ddpg, "--target-period 0", ["--target-period 0", "from 1"]),
+    (ddpg, "--target-period 7", ["--learning-starts 1000", "multiple of 56", "target_period"]),
+    (ddpg, "--ou-theta -1", ["--ou-theta -1", "0 or more"]),
+    (ddpg, "--ou-sigma -1", ["--ou-sigma -1", "0 or more"]),
+    (ddpg, "--ou-dt 0", ["--ou-dt 0", "more than 0"]),
+    (ddpg, "--ou-mu nan", ["--ou-mu nan", "finite"]),
+    (sac_value, "--alpha 0", ["--alpha 0", "more than 0"]),
+    (sac, "--initial-alpha -1", ["--initial-alpha -1", "more than 0"]),
+    (sac, "--target-entropy inf", ["--target-entropy inf", "finite"]),
+]
+
+
+@pytest.mark.parametrize(("module", "flags", "named"), OWN_MISTAKES, ids=[flags for _, flags, _ in OWN_MISTAKES])
+def test_mistake_in_an_algorithm_s_own_flags(monkeypatch, capsys, tmp_path, module, flags, named):
+    line = fails(monkeypatch, capsys, tmp_path / "out", *flags.split(), module=module)
+    for text in named:
+        assert text in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_is_a_file(monkeypatch, capsys, tmp_path):
