@@ -9,6 +9,7 @@ interquartile means over seeds with their 95 % bootstrap bands.
 
 import argparse
 import io
+import math
 import subprocess
 import sys
 
@@ -39,9 +40,13 @@ def train(algorithm, env):
 
 def draw(groups):
     """The figure: a panel for each environment of `groups {env: {algorithm: folder}}`."""
-    figure = Figure(figsize=(4 * len(groups), 3.4), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    for panel, (env, folders) in zip(panels, groups.items(), strict=True):
+    columns = min(3, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(4 * columns, 3.4 * rows), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels[len(groups) :]:
+        panel.set_axis_off()
+    for panel, (env, folders) in zip(panels, groups.items(), strict=False):
         for algorithm, group in folders.items():
             _, step, returns, _ = plot.read_group(group)
             low, high = plot.interval(returns)
@@ -49,8 +54,8 @@ def draw(groups):
             panel.fill_between(step / 1000, low, high, color=COLOURS[algorithm], alpha=0.2, linewidth=0)
         panel.set_title(f"{env}, {len(returns)} seeds")
         panel.set_xlabel("environment steps (thousands)")
+        panel.set_ylabel("greedy return per episode")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("greedy return per episode")
     panels[0].legend(loc="lower right")
     return figure
 

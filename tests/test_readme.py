@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from algorithms import td3
+from algorithms import ddpg, sac, sac_value, td3
 from common import cli, play
 
 ROOT = Path(td3.__file__).parent.parent
+CLASSES = (ddpg.Config, td3.Config, sac_value.Config, sac.Config, cli.Options, play.Play)
 TEXT = (ROOT / "README.md").read_text()
 
 
@@ -38,11 +39,11 @@ def test_commands_and_links_name_what_exists(capsys):
     assert 'pip install -e ".[test]" && pytest\n' in blocks("bash")
     for link in re.findall(r"\]\(([\w./-]+)\)", TEXT):
         assert (ROOT / link).exists(), link
-    flags = {f"--{name.replace('_', '-')}" for c in (td3.Config, cli.Options, play.Play) for name in c.__annotations__}
+    flags = {f"--{name.replace('_', '-')}" for c in CLASSES for name in c.__annotations__}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
-    assert named - flags - {"--help", "--rejax", "--rounds"} == set()
+    assert named - flags - {"--help", "--rejax", "--rounds", "--num-steps"} == set()
 
 
-@pytest.mark.parametrize("table", ["benchmark.md", "widths.md"])
+@pytest.mark.parametrize("table", sorted(path.name for path in (ROOT / "results").glob("*.md")))
 def test_every_figure_of_a_table_is_the_measured_one(table):
     assert (ROOT / "results" / table).read_text().strip() in TEXT
