@@ -24,18 +24,19 @@ GAMMA = 0.9
 # one wide layer: its value has more, and smaller, kinks for the actor to stop at than two narrow ones
 FLAGS = "--gamma 0.9 --hidden-sizes 512 --num-eval-episodes 64"
 OWN = {
-    "ddpg": "--ou-theta 1 --ou-dt 1 --ou-sigma 0.2",
-    "td3": "--exploration-noise 0.2",
-    "sac_value": "--alpha 0.1",
+    "ddpg": "--ou-theta 1 --ou-dt 1 --ou-sigma 0.2 --target-period 1 --tau 0.005 --learning-rate 5e-4",
+    "td3": "--exploration-noise 0.2 --learning-rate 3e-4",
+    "sac_value": "--alpha 0.2",
     "sac": "",
 }
+STEPS = {"LQR1-v0": 48_000, "LQR-v0": 96_000, "LQR4-v0": 192_000}  # of the environment, after the warm-up
 
 
-def train(algorithm, env, seeds, steps):
+def train(algorithm, env, seeds):
     """`[(module, config, params, temperature)]` of the seeds; goes on where it was stopped."""
     group = record.group_folder(ROOT / "results" / "runs", algorithm, env, "closed-form")
     flags = f"{FLAGS} {OWN[algorithm]} --env {env} --num-seeds {seeds} --name {group.name} --no-plot"
-    flags += f" --total-steps {steps + 1000} --steps-per-epoch {steps // 4}" + " --resume" * group.exists()
+    flags += f" --total-steps {STEPS[env] + 1000} --steps-per-epoch {STEPS[env] // 4}" + " --resume" * group.exists()
     subprocess.run([sys.executable, f"algorithms/{algorithm}.py", *flags.split()], check=True, cwd=ROOT)
     runs = []
     for seed in range(seeds):
@@ -67,23 +68,21 @@ def main():
     """Parse the command line; train; write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-seeds", type=int, default=4)
-    parser.add_argument("--num-steps", type=int, default=24_000, help="environment steps after the warm-up")
-    arguments = parser.parse_args()
-    seeds, steps = arguments.num_seeds, arguments.num_steps
+    seeds = parser.parse_args().num_seeds
     lines = [
-        f"Linear-quadratic systems after {steps:,} environment steps: means over {seeds} seeds, the worst in brackets.",
-        f"`python results/lqr.py --num-seeds {seeds} --num-steps {steps}`",
+        f"Linear-quadratic systems at the end of training: means over {seeds} seeds, the worst in brackets.",
+        f"`python results/lqr.py --num-seeds {seeds}`",
         f"on {machine()}.",
         "",
-        "| algorithm | dimensions | cost / best cost | error of the mean action | variance / soft-optimal variance |",
-        "|---|---|---|---|---|",
+        "| algorithm | dimensions | steps | cost / best cost | error of the mean action | variance / soft-optimal variance |",
+        "|---|---|---|---|---|---|",
     ]
-    for algorithm in OWN:
-        for env, dims in lqr.ENVS.items():
-            figures = np.array([compare(*run) for run in train(algorithm, env, seeds, steps)])
+    for env, dims in lqr.ENVS.items():
+        for algorithm in OWN:
+            figures = np.array([compare(*run) for run in train(algorithm, env, seeds)])
             worst = *figures[:, :2].max(axis=0), figures[np.abs(figures[:, 2] - 1).argmax(), 2]
             cells = [f"{mean:.3f} ({far:.3f})" for mean, far in zip(figures.mean(axis=0), worst, strict=True)]
-            lines.append(f"| {algorithm} | {dims} | {' | '.join(cells)} |".replace("nan (nan)", ""))
+            lines.append(f"| {algorithm} | {dims} | {STEPS[env]:,} | {' | '.join(cells)} |".replace("nan (nan)", ""))
             print(lines[-1], flush=True)
     (ROOT / "results" / "lqr.md").write_text("\n".join(lines) + "\n")
 
