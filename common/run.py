@@ -12,6 +12,7 @@ the buffers more.
 
 import contextlib
 import inspect
+import itertools
 import math
 import os
 import signal
@@ -72,8 +73,9 @@ def set_up_backend(num_seeds=1, largest_product=0):
 
 
 def largest_product(config):
-    """Multiply-adds of a batch through the widest hidden layers."""
-    return config.batch_size * max(config.hidden_sizes) ** 2
+    """Multiply-adds of a batch between two hidden layers, at most."""
+    sizes = config.hidden_sizes
+    return config.batch_size * max([n * m for n, m in itertools.pairwise(sizes)], default=0)
 
 
 def claim(group, script, config, seeds, resume):

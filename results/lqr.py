@@ -22,7 +22,7 @@ from common import lqr, record
 
 GAMMA = 0.9
 # one wide layer: its value has more, and smaller, kinks for the actor to stop at than two narrow ones
-FLAGS = "--gamma 0.9 --hidden-sizes 512 --num-eval-episodes 64"
+FLAGS = "--gamma 0.9 --num-eval-episodes 64"
 OWN = {
     "ddpg": "--ou-theta 1 --ou-dt 1 --ou-sigma 0.2 --target-period 1 --tau 0.005 --learning-rate 5e-4",
     "td3": "--exploration-noise 0.2 --learning-rate 3e-4",
@@ -35,7 +35,10 @@ STEPS = {"LQR1-v0": 48_000, "LQR-v0": 96_000, "LQR4-v0": 192_000}  # of the envi
 def train(algorithm, env, seeds):
     """`[(module, config, params, temperature)]` of the seeds; goes on where it was stopped."""
     group = record.group_folder(ROOT / "results" / "runs", algorithm, env, "closed-form")
-    flags = f"{FLAGS} {OWN[algorithm]} --env {env} --num-seeds {seeds} --name {group.name} --no-plot"
+    width = 1024 if env == "LQR4-v0" and algorithm in ("ddpg", "td3") else 512
+    flags = (
+        f"{FLAGS} --hidden-sizes {width} {OWN[algorithm]} --env {env} --num-seeds {seeds} --name {group.name} --no-plot"
+    )
     flags += f" --total-steps {STEPS[env] + 1000} --steps-per-epoch {STEPS[env] // 4}" + " --resume" * group.exists()
     subprocess.run([sys.executable, f"algorithms/{algorithm}.py", *flags.split()], check=True, cwd=ROOT)
     runs = []
@@ -74,7 +77,7 @@ def main():
         f"`python results/lqr.py --num-seeds {seeds}`",
         f"on {machine()}.",
         "",
-        "| algorithm | dimensions | steps | cost / best cost | error of the mean action | variance / soft-optimal variance |",
+        "| algorithm | dimensions | steps | cost / best | error of the mean action | variance / soft-optimal |",
         "|---|---|---|---|---|---|",
     ]
     for env, dims in lqr.ENVS.items():
