@@ -202,7 +202,7 @@ def critic(params, obs, action):
     return mlp(params, jnp.concatenate([obs, action], axis=-1))[..., 0]
 
 
-def greedy_value(params, obs):
+def greedy_value(config, params, obs):
     """What the critic expects of the greedy policy: `obs [..., obs_dim]` to `[...]`."""
     return critic(params.critic, obs, actor(params.actor, obs))
 
@@ -391,7 +391,7 @@ def evaluate(config, params, key):
         carry = first_obs, env_state, False, False, jnp.zeros(()), jnp.zeros(()), jnp.ones(()), key
         carry = lax.while_loop(lambda carry: ~(carry[2] | carry[3]), step, carry)
         last_obs, _, terminated, _, total, discounted, discount, _ = carry
-        first_value, last_value = greedy_value(params, flatten(jnp.stack([first_obs, last_obs])))
+        first_value, last_value = greedy_value(config, params, flatten(jnp.stack([first_obs, last_obs])))
         return total, first_value - discounted - discount * (1 - terminated) * last_value
 
     returns, bias = jax.vmap(episode)(random.split(key, config.num_eval_episodes))

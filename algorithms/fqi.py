@@ -58,9 +58,10 @@ class Config:
     maximizer: Literal["gradient", "lbfgs", "cem", "grid", "exhaustive", "milp"] = jax.tree.static(default="gradient")
     num_candidates: int = jax.tree.static(default=4)  # starts, population of cem, or points of grid's dimension
     maximizer_steps: int = jax.tree.static(default=10)  # iterations of gradient, lbfgs and cem
+    exploration_range: float = 1.0  # random actions of the base points lie in [-range, range], in (0, 1]
     learning_rate: float = 1e-3  # Adam's step size, > 0
     gamma: float = 0.97  # discount per environment step, in [0, 1]
-    ridge: float = 1e-6  # penalty on the mean squared weights of the quadratic fit, >= 0
+    ridge: float = 1e-6  # penalty on the squared weights of the quadratic fit, >= 0
     tolerance: float = 1e-9  # stop when q changes by less than this, mean square, >= 0
 
 
@@ -213,7 +214,8 @@ def collect_base_points(config, key):
     _, _, low, _ = make_env(config)
 
     def explore(obs, key):
-        return project(config, random.uniform(key, (len(obs), len(low)), minval=-1, maxval=1))
+        actions = config.exploration_range * random.uniform(key, (len(obs), len(low)), minval=-1, maxval=1)
+        return project(config, actions)
 
     key, key_order = random.split(key)
     base_points = collect(config, key, config.num_base_points, explore)
@@ -401,10 +403,12 @@ def descend(config, loss, params, data, key):
 
 
 def fit_quadratic(config, batch, targets):
-    """Ridge regression of the targets on quadratic features, in closed form."""
+    """Ridge regression of the targets on quadratic features of mean square 1, in closed form."""
     x = quadratic_features(jnp.concatenate([batch.obs, batch.action], axis=1))
+    scale = jnp.sqrt(jnp.square(x).mean(axis=0)) + 1e-6
+    x /= scale
     gram = x.T @ x / len(x) + config.ridge * jnp.eye(x.shape[1])
-    return jnp.linalg.solve(gram, x.T @ targets / len(x))
+    return jnp.linalg.solve(gram, x.T @ targets / len(x)) / scale
 
 
 def fit_critic(config, params, batch, targets, key):

@@ -52,9 +52,10 @@ class Config:
     batch_size: int = jax.tree.static(default=256)  # base points of an Adam step; all at once where they are no more
     from_scratch: bool = jax.tree.static(default=False)  # start each fit from new random weights
     rounds: int = jax.tree.static(default=1)  # collections of base points: the first random, the others by the policy
+    exploration_range: float = 1.0  # random actions of the base points lie in [-range, range], in (0, 1]
     learning_rate: float = 1e-3  # Adam's step size, > 0
     gamma: float = 0.97  # discount per environment step, in [0, 1]
-    ridge: float = 1e-6  # penalty on the mean squared weights of the quadratic fit, >= 0
+    ridge: float = 1e-6  # penalty on the squared weights of the quadratic fit, >= 0
     exploration_noise: float = 0.3  # standard deviation of the Gaussian added to actions in [-1, 1], >= 0
     tolerance: float = 1e-9  # stop when q changes by less than this, mean square, >= 0
 
@@ -191,7 +192,7 @@ def collect_base_points(config, key):
     _, _, low, _ = make_env(config)
 
     def explore(obs, key):
-        return random.uniform(key, (len(obs), len(low)), minval=-1, maxval=1)
+        return config.exploration_range * random.uniform(key, (len(obs), len(low)), minval=-1, maxval=1)
 
     key, key_order = random.split(key)
     num_steps = config.num_base_points // config.rounds
@@ -298,10 +299,12 @@ def descend(config, loss, params, data, key):
 
 
 def fit_quadratic(config, batch, targets):
-    """Ridge regression of the targets on quadratic features, in closed form."""
+    """Ridge regression of the targets on quadratic features of mean square 1, in closed form."""
     x = quadratic_features(jnp.concatenate([batch.obs, batch.action], axis=1))
+    scale = jnp.sqrt(jnp.square(x).mean(axis=0)) + 1e-6
+    x /= scale
     gram = x.T @ x / len(x) + config.ridge * jnp.eye(x.shape[1])
-    return jnp.linalg.solve(gram, x.T @ targets / len(x))
+    return jnp.linalg.solve(gram, x.T @ targets / len(x)) / scale
 
 
 def fit_critic(config, params, batch, targets, key):

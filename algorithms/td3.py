@@ -200,7 +200,7 @@ def twin_critics(params, obs, action):
     return jax.vmap(critic, in_axes=(0, None, None))(params, obs, action)
 
 
-def greedy_value(params, obs):
+def greedy_value(config, params, obs):
     """What the critics expect of the greedy policy: `obs [..., obs_dim]` to `[...]`."""
     return twin_critics(params.critic, obs, actor(params.actor, obs)).min(axis=0)
 
@@ -385,7 +385,7 @@ def evaluate(config, params, key):
         carry = first_obs, env_state, False, False, jnp.zeros(()), jnp.zeros(()), jnp.ones(()), key
         carry = lax.while_loop(lambda carry: ~(carry[2] | carry[3]), step, carry)
         last_obs, _, terminated, _, total, discounted, discount, _ = carry
-        first_value, last_value = greedy_value(params, flatten(jnp.stack([first_obs, last_obs])))
+        first_value, last_value = greedy_value(config, params, flatten(jnp.stack([first_obs, last_obs])))
         return total, first_value - discounted - discount * (1 - terminated) * last_value
 
     returns, bias = jax.vmap(episode)(random.split(key, config.num_eval_episodes))

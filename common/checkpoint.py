@@ -20,13 +20,13 @@ def open_folder(group, seeds):
     return ocp.CheckpointManager(folder, options=options)
 
 
-def save(manager, step, waves, rows):
+def save(manager, done, waves, rows):
     """Save the stacked states `waves` and the metrics rows of each seed; return `{seed: state}` on the host."""
     states = dict(zip(rows, (state for wave in waves for state in split(wave)), strict=False))  # a last wave is padded
     leaves = {str(seed): [np.asarray(x) for x in jax.tree.leaves(state)] for seed, state in states.items()}
     args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), rows=ocp.args.JsonSave([*rows.values()]))
-    if step != manager.latest_step():
-        manager.save(step, args=args)
+    if done != manager.latest_step():
+        manager.save(done, args=args)
     return states
 
 

@@ -84,21 +84,24 @@ def check_value(name, value):
         for item in value:
             check_value(name, item)
     elif isinstance(value, int) and not isinstance(value, bool):
-        if not 1 <= value <= INT_MAX:
-            fail(f"{flag} {value}: must be a whole number from 1 to {INT_MAX}")
+        least = 0 if name == "window" else 1
+        if not least <= value <= INT_MAX:
+            fail(f"{flag} {value}: must be a whole number from {least} to {INT_MAX}")
     elif isinstance(value, float):
         if not math.isfinite(value):
             fail(f"{flag} {value}: must be a finite number")
-        if name in ("gamma", "tau") and not 0 <= value <= 1:
+        if name in ("gamma", "tau", "exact_fraction") and not 0 <= value <= 1:
             fail(f"{flag} {value}: must be in [0, 1]")
-        if ("noise" in name or name in ("ou_theta", "ou_sigma")) and value < 0:
+        if ("noise" in name or name in ("ou_theta", "ou_sigma", "ridge", "tolerance")) and value < 0:
             fail(f"{flag} {value}: must be 0 or more")
-        if ("learning_rate" in name or name in ("alpha", "initial_alpha", "ou_dt")) and value <= 0:
+        if name == "exploration_range" and not 0 < value <= 1:
+            fail(f"{flag} {value}: must be more than 0 and at most 1")
+        if ("learning_rate" in name or name in ("alpha", "initial_alpha", "beta", "ou_dt")) and value <= 0:
             fail(f"{flag} {value}: must be more than 0")
 
 
 def register_env(name):
-    """Make `gymnax.make(name)` work for `module:factory`; fail where the environment is unknown or does not fit."""
+    """Make `gymnax.make(name)` work for `module:factory`; fail where the environment is unknown or cannot be made."""
     if ":" in name and name not in gymnax.registered_envs:
         module, _, factory = name.partition(":")
         sys.path.insert(0, os.getcwd())
@@ -112,12 +115,9 @@ def register_env(name):
         nearest = ", ".join(near or CONTINUOUS_ENVS)
         fail(f"--env {name}: no such gymnax environment; nearest: {nearest}; or your own as module:factory")
     try:
-        continuous = has_box_actions(name)
+        has_box_actions(name)
     except Exception as error:
         fail(f"--env {name}: cannot be made: {type(error).__name__}: {error}")
-    if not continuous:
-        fits = ", ".join(CONTINUOUS_ENVS)
-        fail(f"--env {name}: its actions are not a Box with finite bounds; environments that fit: {fits}")
 
 
 def has_box_actions(name):
@@ -133,7 +133,8 @@ def check_shapes(config, init, num_seeds):
         state = jax.eval_shape(init, config, jax.random.key(0))
     except ValueError as error:
         named = re.match(r"(\w+)=(\S+): (.*)", str(error), re.DOTALL)
-        fail(f"--{named[1].replace('_', '-')} {named[2]}: {named[3]}" if named else error)
+        others = f"; some that fit: {', '.join(CONTINUOUS_ENVS)}" if named and named[1] == "env" else ""
+        fail(f"--{named[1].replace('_', '-')} {named[2]}: {named[3]}{others}" if named else error)
     needed = num_seeds * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     if "SC_PHYS_PAGES" in os.sysconf_names and jax.default_backend() == "cpu":
         present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

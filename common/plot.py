@@ -24,15 +24,15 @@ def interval(values):
 
 
 def read_group(group):
-    """`(seeds, step [num_epochs], returns [num_seeds, num_epochs], finite)` of the seeds that got equally far."""
+    """`(seeds, progress [num_epochs], returns [num_seeds, num_epochs], finite)` of the seeds that got equally far."""
     folders = [path.parent for path in Path(group).glob("seed_*/metrics.csv")]
     seeds = sorted(int(folder.name.removeprefix("seed_")) for folder in folders)
     runs = {seed: record.read_metrics(record.seed_folder(group, seed)) for seed in seeds}
     epochs = max(len(c["step"]) for c in runs.values())
     runs = {seed: c for seed, c in runs.items() if len(c["step"]) == epochs}
-    step = next(iter(runs.values()))["step"]
+    progress = record.progress(next(iter(runs.values())))
     returns, finite = (np.stack([c[name] for c in runs.values()]) for name in ("eval_return_mean", "finite"))
-    return list(runs), step, returns, finite.all(axis=1)
+    return list(runs), progress, returns, finite.all(axis=1)
 
 
 def draw(group):
@@ -44,22 +44,23 @@ def draw(group):
 
 def curve(group):
     """The figure of the run in `group`; its title counts the seeds that diverged, its mean is that of the others."""
-    seeds, step, returns, finite = read_group(group)
+    seeds, progress, returns, finite = read_group(group)
     algorithm, env = group.parts[-3:-1]
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")  # not pyplot's: it needs no display
     axes = figure.subplots()
-    axes.plot(step, returns.T, color="tab:blue", linewidth=0.7, alpha=0.35 if len(seeds) > 1 else 0)
+    axes.plot(progress, returns.T, color="tab:blue", linewidth=0.7, alpha=0.35 if len(seeds) > 1 else 0)
     if finite.any():
         low, high = interval(returns[finite])
         label = f"interquartile mean of {finite.sum()} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-        axes.plot(step, iqm(returns[finite]), color="tab:blue", linewidth=2, label=label)
+        axes.plot(progress, iqm(returns[finite]), color="tab:blue", linewidth=2, label=label)
         if finite.sum() > 1:
             band = {"color": "tab:blue", "alpha": 0.25, "linewidth": 0}
-            axes.fill_between(step, low, high, label="95 % bootstrap interval", **band)
+            axes.fill_between(progress, low, high, label="95 % bootstrap interval", **band)
         axes.legend(loc="lower right")
     diverged = f" ({(~finite).sum()} of {len(seeds)} seeds diverged)" if not finite.all() else ""
     axes.set_title(f"{algorithm} on {env}{diverged}")
-    axes.set_xlabel("environment steps")
+    counted = "iteration" in record.read_metrics(record.seed_folder(group, seeds[0]))
+    axes.set_xlabel("iterations" if counted else "environment steps")
     axes.set_ylabel("greedy return (sum of rewards per episode)")
     axes.grid(alpha=0.3)
     return figure

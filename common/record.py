@@ -26,6 +26,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from common import milp
 from common.cli import fail, register_env
 
 
@@ -71,16 +72,18 @@ def describe(script, config, seed):
         "seed": seed,
         "config": dataclasses.asdict(config),
         "source": str(Path(script).resolve()),
-        "source_sha256": source_hash(script),
+        "source_sha256": sha256(script),
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
     }
+    if getattr(config, "base_points", ""):
+        description["base_points_sha256"] = sha256(config.base_points)
     return json.loads(json.dumps(description))  # tuples become the lists that a reader gets
 
 
-def source_hash(script):
-    """SHA-256 of an algorithm's file."""
-    return hashlib.sha256(Path(script).read_bytes()).hexdigest()
+def sha256(path):
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def differences(old, new, prefix=""):
@@ -133,6 +136,11 @@ def read_metrics(folder):
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
 
 
+def progress(columns):
+    """What a curve is drawn over, from `read_metrics`: iterations where they are counted, else environment steps."""
+    return columns["iteration"] if "iteration" in columns else columns["step"]
+
+
 def array_names(params):
     """A name such as `actor/0/1` for each leaf of `params`, in order."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
@@ -140,14 +148,19 @@ def array_names(params):
 
 
 def write_policy(folder, params):
-    """Write `policy.npz`; the same arrays give the same bytes."""
+    """Write `policy.npz`."""
+    write_arrays(Path(folder) / "policy.npz", dict(zip(array_names(params), jax.tree.leaves(params), strict=True)))
+
+
+def write_arrays(path, arrays):
+    """Write named arrays as an .npz file; the same arrays give the same bytes."""
     data = io.BytesIO()
     # np.savez would stamp the members with the time of writing
     with zipfile.ZipFile(data, "w") as archive:
-        for name, array in zip(array_names(params), jax.tree.leaves(params), strict=True):
+        for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(name + ".npy"), "w") as member:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-    write_atomic(Path(folder) / "policy.npz", data.getvalue())
+    write_atomic(path, data.getvalue())
 
 
 def load_policy(folder):
@@ -156,7 +169,7 @@ def load_policy(folder):
     description = read_config(folder)
     try:
         module = load_algorithm(description["algorithm"], description["source"])
-        if source_hash(module.__file__) != description["source_sha256"]:
+        if sha256(module.__file__) != description["source_sha256"]:
             print(f"note: {module.__file__} has changed since this run", file=sys.stderr)
         register_env(description["config"]["env"])
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
@@ -194,4 +207,6 @@ def load_algorithm(name, source):
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    if hasattr(module, "MAXIMIZERS"):
+        module.MAXIMIZERS["milp"] = milp.maximize
     return module

@@ -11,6 +11,7 @@ the buffers more.
 """
 
 import contextlib
+import dataclasses
 import inspect
 import itertools
 import math
@@ -42,6 +43,8 @@ def main(config_class, init, epoch):
     script = inspect.getsourcefile(init)
     config, options = cli.parse_run(config_class, Path(sys.argv[0]).name)
     set_up_backend(options.num_seeds, largest_product(config))
+    if getattr(config, "base_points", "") and not Path(config.base_points).exists():
+        write_base_points(config, init, options.seed)
     cli.check_shapes(config, init, options.num_seeds)
     group = record.group_folder(options.out, Path(script).stem, config.env, options.name)
     seeds = list(range(options.seed, options.seed + options.num_seeds))
@@ -78,6 +81,21 @@ def largest_product(config):
     return config.batch_size * max([n * m for n, m in itertools.pairwise(sizes)], default=0)
 
 
+def write_base_points(config, init, seed):
+    """Collect base points as `seed` would, and write them to `config.base_points` for all seeds and algorithms."""
+    path = Path(config.base_points)
+    if path.suffix != ".npz":
+        cli.fail(f"--base-points {path}: must be a file that ends in .npz")
+    collecting = dataclasses.replace(config, base_points="")
+    cli.check_shapes(collecting, init, 1)
+    base_points = jax.jit(init)(collecting, jax.random.key(seed)).base_points
+    try:
+        record.write_arrays(path, base_points._asdict())
+    except OSError as error:
+        cli.fail(f"--base-points {path}: cannot write there: {error}")
+    print(f"{path}: {len(base_points.reward):,} base points of seed {seed}")
+
+
 def claim(group, script, config, seeds, resume):
     """Write each seed's `config.json`; fail with nothing written where there is another run, or none to resume."""
     for path in group.glob("checkpoint_*_*"):
@@ -102,6 +120,22 @@ def claim(group, script, config, seeds, resume):
             record.write_config(record.seed_folder(group, seed), description)
     except OSError as error:
         cli.fail(f"--out {group.parents[2]}: cannot write there: {error}")
+
+
+class Work(NamedTuple):
+    """What a run counts: it starts at `start`, an epoch adds `per_epoch`, and it ends at `total`."""
+
+    unit: str
+    start: int
+    per_epoch: int
+    total: int
+
+
+def work(config):
+    """Fitted-Q algorithms count their iterations, all others environment steps."""
+    if hasattr(config, "num_iterations"):
+        return Work("iterations", 0, config.iterations_per_epoch, config.num_iterations)
+    return Work("steps", config.learning_starts, config.steps_per_epoch, config.total_steps)
 
 
 class Programs(NamedTuple):
@@ -169,33 +203,32 @@ def run(config, init, epoch, seeds, group, options):
         print("this run is complete; nothing to resume")
         return finish(config, group, seeds, options)
 
-    interrupted = catch_interrupts()
-    with show_progress(config.total_steps * len(seeds)) as progress:
+    interrupted, (unit, done, per_epoch, total) = catch_interrupts(), work(config)
+    with show_progress(total * len(seeds), unit) as progress:
         programs = compile_programs(config, init, epoch, len(seeds))
         if options.resume and saved.latest_step() is not None:
             rows, waves = checkpoint.restore(saved, programs, seeds)
-            step = saved.latest_step()
+            done = saved.latest_step()
         else:
             rows, waves = {seed: [] for seed in seeds}, start(config, programs, seeds)
-            step = config.learning_starts
-        progress(step * len(seeds), math.nan)
+        progress(done * len(seeds), math.nan)
         last_save = time.monotonic()
         save_seconds = 0.0
-        while step < config.total_steps and not interrupted.is_set():
+        while done < total and not interrupted.is_set():
             waves, metrics, finite = advance(config, programs, waves)
             for i, seed in enumerate(seeds):
                 row = record.metrics_row(jax.tree.map(lambda x, i=i: x[i], metrics), finite[i])
                 rows[seed].append(row)
                 record.write_metrics(record.seed_folder(group, seed), rows[seed])
-            step = rows[seeds[0]][-1]["step"]
-            progress(step * len(seeds), np.mean([rows[seed][-1]["eval_return_mean"] for seed in seeds]))
+            done += per_epoch
+            progress(done * len(seeds), np.mean([rows[seed][-1]["eval_return_mean"] for seed in seeds]))
             if time.monotonic() - last_save >= save_seconds / CHECKPOINT_SHARE:
                 last_save = time.monotonic()
-                save(saved, step, waves, rows, group)
+                save(saved, done, waves, rows, group)
                 save_seconds = time.monotonic() - last_save
-        save(saved, step, waves, rows, group)
-    if step < config.total_steps:
-        print(f"interrupted and saved at step {step:,}; the same command with --resume goes on from there")
+        save(saved, done, waves, rows, group)
+    if done < total:
+        print(f"interrupted and saved after {done:,} {unit}; the same command with --resume goes on from there")
         return 130
     code = finish(config, group, seeds, options)
     checkpoint.delete(saved)
@@ -240,25 +273,26 @@ def catch_interrupts():
 
 
 @contextlib.contextmanager
-def show_progress(total):
-    """Yield `report(steps of all seeds, mean_return)`: a bar on a terminal, a line an epoch elsewhere."""
+def show_progress(total, unit):
+    """Yield `report(done by all seeds, mean_return)`: a bar on a terminal, a line an epoch elsewhere."""
     console = rich.console.Console(highlight=False)
     columns = (rich.progress.BarColumn(), rich.progress.TextColumn("{task.description}"))
     bar = rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
     task = bar.add_task("compiling", total=total)
-    first = None  # steps and time of the first report: a resumed run starts in the middle
+    first = None  # amount and time of the first report: a resumed run starts in the middle
 
-    def report(steps, mean_return):
+    def report(done, mean_return):
         nonlocal first
         now = time.monotonic()
         if first is None:
-            first = steps, now
-            text = f"{steps:,} of {total:,} steps"
+            first = done, now
+            text = f"{done:,} of {total:,} {unit}"
         else:
-            rate = (steps - first[0]) / (now - first[1])
-            left = f"{(total - steps) / rate:.0f} s left"
-            text = f"{steps:,} of {total:,} steps  return {mean_return:.1f}  {rate:,.0f} steps/s  {left}"
-        bar.update(task, completed=steps, description=text)
+            rate = (done - first[0]) / (now - first[1])
+            left = f"{(total - done) / rate:.0f} s left"
+            speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+            text = f"{done:,} of {total:,} {unit}  return {mean_return:.1f}  {speed} {unit}/s  {left}"
+        bar.update(task, completed=done, description=text)
         if not console.is_terminal:
             print(text, flush=True)
 
@@ -268,9 +302,9 @@ def show_progress(total):
         yield report
 
 
-def save(saved, step, waves, rows, group):
+def save(saved, done, waves, rows, group):
     """Write a checkpoint and, for those who look at a run before its end, the policies."""
-    states = checkpoint.save(saved, step, waves, rows)
+    states = checkpoint.save(saved, done, waves, rows)
     for seed, state in states.items():
         record.write_policy(record.seed_folder(group, seed), state.params)
 
@@ -280,11 +314,13 @@ def is_complete(group, seeds, config):
     folders = [record.seed_folder(group, seed) for seed in seeds]
     if not all((folder / name).exists() for folder in folders for name in ("metrics.csv", "policy.npz")):
         return False
-    return all(record.read_metrics(folder)["step"][-1] == config.total_steps for folder in folders)
+    _, start, per_epoch, total = work(config)
+    return all(start + per_epoch * len(record.read_metrics(folder)["step"]) == total for folder in folders)
 
 
 def finish(config, group, seeds, options):
     """Draw the curve, print the result, and return the exit code."""
+    unit, _, _, total = work(config)
     if not options.no_plot:
         plot.draw(group)
     rows = {seed: record.read_metrics(record.seed_folder(group, seed)) for seed in seeds}
@@ -293,17 +329,17 @@ def finish(config, group, seeds, options):
     if len(final) > 1:
         low, high = plot.interval(final)
         print(
-            f"greedy return after {config.total_steps:,} steps: {plot.iqm(final):.1f} (interquartile mean of "
+            f"greedy return after {total:,} {unit}: {plot.iqm(final):.1f} (interquartile mean of "
             f"{len(final)} seeds, 95 % interval {low:.1f} to {high:.1f}, worst {final.min():.1f})"
         )
     elif len(final):
         error = rows[seeds[0]]["eval_return_std"][-1] / math.sqrt(config.num_eval_episodes)
         print(
-            f"greedy return after {config.total_steps:,} steps: {final[0]:.1f} "
+            f"greedy return after {total:,} {unit}: {final[0]:.1f} "
             f"(mean of {config.num_eval_episodes} episodes, standard error {error:.1f})"
         )
     for seed in diverged:
-        step = int(rows[seed]["step"][rows[seed]["finite"] == 0][0])
-        print(f"seed {seed} diverged: parameters are not finite by step {step}", file=sys.stderr)
+        when = int(record.progress(rows[seed])[rows[seed]["finite"] == 0][0])
+        print(f"seed {seed} diverged: parameters are not finite after {when} {unit}", file=sys.stderr)
     print(f"results: {group}")
     return 1 if diverged else 0

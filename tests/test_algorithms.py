@@ -62,7 +62,7 @@ def clock_values(module, env, times):
         **{field: value for field, value in own.items() if hasattr(module.Config, field)},
     )
     state, _ = quick_jit(module.train)(config, random.key(0))
-    return module.greedy_value(state.params, jnp.asarray(times)[:, None])
+    return module.greedy_value(config, state.params, jnp.asarray(times)[:, None])
 
 
 @every_algorithm
@@ -286,8 +286,8 @@ def test_evaluation_is_whole_greedy_episodes(name):
             done = bool(terminated | truncated)
         expected.append(sum(rewards))
         ends.append((len(rewards), bool(terminated)))
-        value = module.greedy_value(params, first_obs)
-        after = 0 if terminated else module.greedy_value(params, info["final_observation"])
+        value = module.greedy_value(config, params, first_obs)
+        after = 0 if terminated else module.greedy_value(config, params, info["final_observation"])
         bias.append(value - sum(0.9**t * reward for t, reward in enumerate(rewards)) - 0.9 ** len(rewards) * after)
     np.testing.assert_allclose(returns, expected, rtol=1e-5)
     np.testing.assert_allclose(value_bias, np.mean(bias), rtol=1e-4)

@@ -305,7 +305,7 @@ def test_diverged_seeds_are_named_and_the_others_finish(monkeypatch, capsys, tmp
     assert execute(monkeypatch, tmp_path, "--num-seeds", "4", epoch=poisoned_epoch) == 1
     said = capsys.readouterr()
     named = [line for line in said.err.splitlines() if "diverged" in line]
-    assert named == [f"seed {s} diverged: parameters are not finite by step 320" for s in lost]
+    assert named == [f"seed {s} diverged: parameters are not finite after 320 steps" for s in lost]
     healthy = next(seed for seed in seeds if seed not in lost)
     rows = record.read_metrics(group(tmp_path) / f"seed_{healthy}")
     assert rows["step"][-1] == 512
@@ -319,7 +319,7 @@ def test_diverged_seeds_are_named_and_the_others_finish(monkeypatch, capsys, tmp
 
 def test_all_seeds_diverge(monkeypatch, capsys, tmp_path):
     assert execute(monkeypatch, tmp_path, "--learning-rate", "1e38") == 1
-    assert "seed 0 diverged: parameters are not finite by step 192" in capsys.readouterr().err
+    assert "seed 0 diverged: parameters are not finite after 192 steps" in capsys.readouterr().err
     assert (group(tmp_path) / "curve.png").exists()
 
 
