@@ -179,58 +179,6 @@ def env_step(config, env_state, obs, action, key):
     return env_state, flatten(next_obs), transition, terminated | truncated
 
 
-# Base points
-
-
-def collect(config, key, num_steps, policy):
-    """`Transition [num_steps]` from fresh environments with `policy(obs [num_envs, obs_dim], key) -> action`."""
-
-    def step(carry, key):
-        key_policy, key_env = random.split(key)
-        env_state, obs = carry
-        env_state, next_obs, transition, _ = env_step(config, env_state, obs, policy(obs, key_policy), key_env)
-        return (env_state, next_obs), transition
-
-    key, key_init = random.split(key)
-    _, transitions = lax.scan(step, env_init(config, key_init), random.split(key, num_steps // config.num_envs))
-    return jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]).astype(float), transitions)
-
-
-def load_base_points(config):
-    """Base points of a file with an array for each field of `Transition`; ValueError where they do not fit."""
-    env, env_params, low, _ = make_env(config)
-    obs_dim = jax.eval_shape(lambda key: env.reset(key, env_params)[0], random.key(0)).size
-    try:
-        with np.load(config.base_points, allow_pickle=False) as file:
-            arrays = [file[field].astype(np.float32) for field in Transition._fields]
-    except Exception as error:
-        raise ValueError(f"base_points={config.base_points}: not a file of base points: {error}") from error
-    n = arrays[0].shape[0] if arrays[0].ndim else 0
-    expected = [(n, obs_dim), (n, len(low)), (n,), (n, obs_dim), (n,)]
-    found = [x.shape for x in arrays]
-    if found != expected or n == 0:
-        raise ValueError(f"base_points={config.base_points}: must hold shapes {expected} for {config.env}, not {found}")
-    if not all(np.isfinite(x).all() for x in arrays) or np.abs(arrays[1]).max() > 1:
-        raise ValueError(f"base_points={config.base_points}: must hold finite numbers, and actions in [-1, 1]")
-    return Transition(*map(jnp.asarray, arrays))
-
-
-def collect_base_points(config, key):
-    """Base points of the file, or of uniformly random actions, in random order: any first part is a fair sample."""
-    if config.base_points:
-        return load_base_points(config)
-    _, _, low, _ = make_env(config)
-
-    def explore(obs, key):
-        actions = config.exploration_range * random.uniform(key, (len(obs), len(low)), minval=-1, maxval=1)
-        return project(config, actions)
-
-    key, key_order = random.split(key)
-    base_points = collect(config, key, config.num_base_points, explore)
-    order = random.permutation(key_order, config.num_base_points)
-    return jax.tree.map(lambda x: x[order], base_points)
-
-
 # Networks
 
 
@@ -281,14 +229,6 @@ def sample(params, obs, noise):
     return action, gaussian.log_prob(unsquashed) - log_det
 
 
-def critic(config, params, obs, action):
-    """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
-    x = jnp.concatenate([obs, action], axis=-1)
-    if config.approximator == "quadratic":
-        return quadratic_features(x) @ params
-    return mlp(params, x)[..., 0]
-
-
 def actor(config, params, obs):
     """Mean of the Boltzmann policy by quadrature, or the squashed mean of the policy: `[n, obs_dim]` to `[n, ...]`."""
     if config.integral == "quadrature":
@@ -299,6 +239,14 @@ def actor(config, params, obs):
 
         return project(config, lax.map(mean, obs, batch_size=CHUNK))
     return jnp.tanh(policy(params.actor, obs).mean())
+
+
+def critic(config, params, obs, action):
+    """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
+    x = jnp.concatenate([obs, action], axis=-1)
+    if config.approximator == "quadratic":
+        return quadratic_features(x) @ params
+    return mlp(params, x)[..., 0]
 
 
 def greedy_value(config, params, obs):
@@ -369,6 +317,58 @@ def soft_value(config, params, obs, key):
     """Soft values `[n]` of `obs [n, obs_dim]`."""
     value, keys = VALUES[config.integral], random.split(key, len(obs))
     return lax.map(lambda x: value(config, params, *x), (obs, keys), batch_size=CHUNK)
+
+
+# Base points
+
+
+def rollout(config, key, num_steps, policy):
+    """`Transition [num_steps]` from fresh environments with `policy(obs [num_envs, obs_dim], key) -> action`."""
+
+    def step(carry, key):
+        key_policy, key_env = random.split(key)
+        env_state, obs = carry
+        env_state, next_obs, transition, _ = env_step(config, env_state, obs, policy(obs, key_policy), key_env)
+        return (env_state, next_obs), transition
+
+    key, key_init = random.split(key)
+    _, transitions = lax.scan(step, env_init(config, key_init), random.split(key, num_steps // config.num_envs))
+    return jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]).astype(float), transitions)
+
+
+def load_base_points(config):
+    """Base points of a file with an array for each field of `Transition`; ValueError where they do not fit."""
+    env, env_params, low, _ = make_env(config)
+    obs_dim = jax.eval_shape(lambda key: env.reset(key, env_params)[0], random.key(0)).size
+    try:
+        with np.load(config.base_points, allow_pickle=False) as file:
+            arrays = [file[field].astype(np.float32) for field in Transition._fields]
+    except Exception as error:
+        raise ValueError(f"base_points={config.base_points}: not a file of base points: {error}") from error
+    n = arrays[0].shape[0] if arrays[0].ndim else 0
+    expected = [(n, obs_dim), (n, len(low)), (n,), (n, obs_dim), (n,)]
+    found = [x.shape for x in arrays]
+    if found != expected or n == 0:
+        raise ValueError(f"base_points={config.base_points}: must hold shapes {expected} for {config.env}, not {found}")
+    if not all(np.isfinite(x).all() for x in arrays) or np.abs(arrays[1]).max() > 1:
+        raise ValueError(f"base_points={config.base_points}: must hold finite numbers, and actions in [-1, 1]")
+    return Transition(*map(jnp.asarray, arrays))
+
+
+def collect_base_points(config, key):
+    """Base points of the file, or of uniformly random actions, in random order: any first part is a fair sample."""
+    if config.base_points:
+        return load_base_points(config)
+    _, _, low, _ = make_env(config)
+
+    def explore(obs, key):
+        actions = config.exploration_range * random.uniform(key, (len(obs), len(low)), minval=-1, maxval=1)
+        return project(config, actions)
+
+    key, key_order = random.split(key)
+    base_points = rollout(config, key, config.num_base_points, explore)
+    order = random.permutation(key_order, config.num_base_points)
+    return jax.tree.map(lambda x: x[order], base_points)
 
 
 # Losses

@@ -11,7 +11,7 @@ import pytest
 from gymnax.environments import spaces
 from gymnax.environments.classic_control.pendulum import Pendulum
 
-from algorithms import ddpg, sac, sac_value, td3
+from algorithms import ddpg, fqi, fqi_amortized, nfqca, sac, sac_value, soft_fqi, td3
 from common import cli, run
 
 SCRIPT = Path(td3.__file__)
@@ -94,6 +94,25 @@ OWN_MISTAKES = [
     (sac_value, "--alpha 0", ["--alpha 0", "more than 0"]),
     (sac, "--initial-alpha -1", ["--initial-alpha -1", "more than 0"]),
     (sac, "--target-entropy inf", ["--target-entropy inf", "finite"]),
+    (fqi, "--maximizer magic", ["--maximizer", "magic", "gradient"]),
+    (fqi, "--maximizer exhaustive", ["--maximizer exhaustive", "gradient", "Pendulum-v1", "a Box"]),
+    (fqi, "--env CartPole-v1", ["--maximizer gradient", "exhaustive", "CartPole-v1", "Discrete"]),
+    (fqi, "--maximizer grid --num-candidates 100001", ["--num-candidates 100001", "grid", "too large"]),
+    (fqi, "--num-base-points 150", ["--num-base-points 150", "multiple of num_envs=100"]),
+    (fqi, "--iterations-per-epoch 3", ["--iterations-per-epoch 3", "divisor of num_iterations=50"]),
+    (fqi, f"--base-points {SCRIPT}", ["--base-points", "td3.py", "not a file of base points"]),
+    (fqi, "--base-points points.txt", ["--base-points points.txt", ".npz"]),
+    (fqi, "--base-points /proc/points.npz", ["--base-points /proc/points.npz", "cannot write"]),
+    (fqi, "--exploration-range 2", ["--exploration-range 2", "at most 1"]),
+    (fqi, "--tolerance -1", ["--tolerance -1", "0 or more"]),
+    (fqi_amortized, "--exact-fraction 1.5", ["--exact-fraction 1.5", "[0, 1]"]),
+    (fqi_amortized, "--exact-fraction -0.5", ["--exact-fraction -0.5", "[0, 1]"]),
+    (fqi_amortized, "--window -1", ["--window -1", "from 0"]),
+    (nfqca, "--env CartPole-v1", ["--env CartPole-v1", "Box", "Swimmer-misc"]),
+    (nfqca, "--rounds 3", ["--num-base-points 20000", "multiple of 300"]),
+    (soft_fqi, "--beta 0", ["--beta 0", "more than 0"]),
+    (soft_fqi, "--num-nodes 100001", ["--num-nodes 100001", "too large"]),
+    (soft_fqi, "--env CartPole-v1 --integral dual", ["--integral dual", "quadrature"]),
 ]
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from algorithms import ddpg, sac, sac_value, td3
+from algorithms import ddpg, fqi, fqi_amortized, nfqca, sac, sac_value, soft_fqi, td3
 from common import cli, play
 
 ROOT = Path(td3.__file__).parent.parent
-CLASSES = (ddpg.Config, td3.Config, sac_value.Config, sac.Config, cli.Options, play.Play)
+ALGORITHMS = (fqi, fqi_amortized, nfqca, soft_fqi, ddpg, td3, sac_value, sac)
+CLASSES = (*(module.Config for module in ALGORITHMS), cli.Options, play.Play)
 TEXT = (ROOT / "README.md").read_text()
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algorithms import td3
-from common import checkpoint, cli, plot, record, run
+from algorithms import fqi, nfqca, td3
+from common import checkpoint, cli, milp, plot, record, run
 
 SCRIPT = Path(td3.__file__)
 SMALL = {
@@ -358,3 +358,79 @@ def test_curve_has_labels_band_and_thin_lines(tmp_path):
     assert len(thin) == 4
     np.testing.assert_allclose(mean.get_ydata(), [25, 50])  # the mean of the seeds 2 and 3
     assert len(axes.collections) == 1
+
+
+FITTED = {
+    "num-base-points": 400,
+    "num-iterations": 4,
+    "iterations-per-epoch": 1,
+    "fit-steps": 5,
+    "num-eval-episodes": 2,
+}
+
+
+def run_fitted(monkeypatch, out, *flags, module=fqi):
+    monkeypatch.setattr(sys, "argv", ["fqi.py", *(f"--{k}={v}" for k, v in FITTED.items()), "--out", str(out), *flags])
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as end:
+        run.main(module.Config, module.init, module.epoch)
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    return end.value.code
+
+
+def test_fitted_q_counts_iterations_and_resumes(monkeypatch, capsys, tmp_path):
+    """An interrupt after one epoch, then the files of an unbroken run; the curve is drawn over iterations."""
+    assert run_fitted(monkeypatch, tmp_path / "unbroken") == 0
+    said = capsys.readouterr().out
+    assert "4 of 4 iterations  return -" in said
+    assert "greedy return after 4 iterations" in said
+    with monkeypatch.context() as patch:
+
+        def interrupted():
+            event = threading.Event()
+            patch.setattr(run, "advance", lambda *args: (advance(*args), event.set())[0])
+            return event
+
+        advance = run.advance
+        patch.setattr(run, "catch_interrupts", interrupted)
+        assert run_fitted(monkeypatch, tmp_path) == 130
+    assert "after 1 iterations" in capsys.readouterr().out
+    assert run_fitted(monkeypatch, tmp_path, "--resume") == 0
+    assert contents(tmp_path / "fqi") == contents(tmp_path / "unbroken" / "fqi")
+    (group,) = (tmp_path / "fqi" / "Pendulum-v1").iterdir()
+    _, progress, returns, _ = plot.read_group(group)
+    assert progress.tolist() == [1, 2, 3, 4]
+    assert returns.shape == (1, 4)
+    assert plot.curve(group).axes[0].get_xlabel() == "iterations"
+
+
+def test_base_points_are_written_once_and_shared(monkeypatch, capsys, tmp_path):
+    """The first command writes the file, with the first seed's; all seeds of another algorithm's read it."""
+    path = tmp_path / "points.npz"
+    assert run_fitted(monkeypatch, tmp_path, "--base-points", str(path), "--seed", "3") == 0
+    assert f"{path}: 400 base points of seed 3" in capsys.readouterr().out
+    expected = jax.jit(fqi.init)(fqi.Config(num_base_points=400), jax.random.key(3)).base_points
+    with np.load(path, allow_pickle=False) as file:
+        for name, array in expected._asdict().items():
+            np.testing.assert_array_equal(file[name], array)
+    written = path.read_bytes()
+    flags = ["--base-points", str(path), "--num-seeds", "2", "--exploration-range", "0.5"]
+    assert run_fitted(monkeypatch, tmp_path, *flags, module=nfqca) == 0
+    assert path.read_bytes() == written
+    described = record.read_config(tmp_path / "nfqca" / "Pendulum-v1" / "default" / "seed_0")
+    np.savez(path, **(expected._asdict() | {"reward": expected.reward + 1}))
+    assert run_fitted(monkeypatch, tmp_path, *flags, module=nfqca) == 2
+    assert described["base_points_sha256"] in capsys.readouterr().err
+
+
+def test_an_exact_maximiser_trains_and_plays(monkeypatch, capsys, tmp_path):
+    """The command line brings `milp` along, and so does the reader of saved policies."""
+    monkeypatch.setitem(fqi.MAXIMIZERS, "milp", milp.maximize)
+    small = "--num-base-points 100 --hidden-sizes 4 --maximizer milp --num-eval-episodes 1 --num-iterations 1"
+    assert run_fitted(monkeypatch, tmp_path, *small.split(), "--no-plot") == 0
+    module, config, params = record.load_policy(tmp_path / "fqi" / "Pendulum-v1" / "default" / "seed_0")
+    obs = jax.numpy.array([0.6, 0.8, 1.0])
+    torque = module.act(config, params, obs)
+    layers = [tuple(np.asarray(x) for x in layer) for layer in params.critic]
+    np.testing.assert_allclose(torque, 2 * milp.relu_network(layers, np.asarray(obs)).action, rtol=1e-5)
