@@ -107,12 +107,13 @@ def main():
     parser.add_argument("--num-seeds", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5, help="timed iterations of each level")
     arguments = parser.parse_args()
-    returns = {label: train(label, arguments.num_seeds) for label in LEVELS}
-    seconds = measure(arguments.repeats)
+    seeds, repeats = arguments.num_seeds, arguments.repeats
+    returns = {label: train(label, seeds) for label in LEVELS}
+    seconds = measure(repeats)
     lines = [
-        f"Fitted-Q on {ENV}, 20,000 random base points, {arguments.num_seeds} seeds: greedy return after 50 iterations;",
-        f"and the time of an iteration and of its targets on 50,000 base points, one core, medians of {arguments.repeats}.",
-        f"`python results/fitted_q.py --num-seeds {arguments.num_seeds} --repeats {arguments.repeats}`",
+        f"Fitted-Q on {ENV}, 20,000 random base points, {seeds} seeds: greedy return after 50 iterations;",
+        f"and the time of an iteration and of its targets on 50,000 base points, one core, medians of {repeats}.",
+        f"`python results/fitted_q.py --num-seeds {seeds} --repeats {repeats}`",
         f"on {machine()}.",
         "",
         "| algorithm | exact fraction | window | return | worst seed | iteration | targets |",
