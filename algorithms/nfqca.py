@@ -355,7 +355,8 @@ def grow(config, state):
     steps = config.num_base_points // config.rounds
     new = rollout(config, key_collect, steps, explore)
     insert = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, state.step, axis=0)
-    return state._replace(base_points=jax.tree.map(insert, state.base_points, new), step=state.step + steps, key=key)
+    base_points, delta = jax.tree.map(insert, state.base_points, new), jnp.array(jnp.inf)
+    return state._replace(base_points=base_points, step=state.step + steps, delta=delta, key=key)
 
 
 def iteration(config, state):

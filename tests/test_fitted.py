@@ -193,7 +193,7 @@ def test_equals_value_iteration_over_continuous_actions(monkeypatch, name, field
 def example(name, **fields):
     """A module, a configuration of Pendulum-v1, its first state, and base points of which every third is terminal."""
     module, config = FAMILY[name], replace(CONFIGS[name], **fields)
-    state = jax.jit(module.init)(config, random.key(0))
+    state = quick_jit(module.init)(config, random.key(0))
     batch = state.base_points._replace(terminated=(jnp.arange(80) % 3 == 0).astype(float))
     return module, config, state, batch
 
@@ -319,15 +319,23 @@ def test_exhaustive_finds_the_best_discrete_action():
     assert len(np.unique(q.argmax(axis=1))) > 1
 
 
-@pytest.mark.parametrize("env", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"])
-def test_discrete_environments_train(env):
-    for module in (fqi, fqi_amortized, soft_fqi):
-        own = {} if module is soft_fqi else {"maximizer": "exhaustive"}
-        config = module.Config(**(SMALL | {"env": env, "num_eval_episodes": 1} | own))
-        state, metrics = quick_jit(module.train)(config, random.key(0))
-        assert np.isfinite(metrics.eval_returns).all()
-        codes = np.sort(np.asarray(state.base_points.action), axis=1)
-        np.testing.assert_array_equal(codes, np.tile([-1.0] * (codes.shape[1] - 1) + [1.0], (80, 1)))
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ("CartPole-v1", "fqi"),
+        ("Acrobot-v1", "fqi"),
+        ("MountainCar-v0", "fqi"),
+        ("CartPole-v1", "fqi_amortized"),
+        ("CartPole-v1", "soft_fqi"),
+    ],
+)
+def test_trains_with_discrete_actions(env, name):
+    own = {} if name == "soft_fqi" else {"maximizer": "exhaustive"}
+    config = replace(CONFIGS[name], env=env, num_eval_episodes=1, **own)
+    state, metrics = quick_jit(FAMILY[name].train)(config, random.key(0))
+    assert np.isfinite(metrics.eval_returns).all()
+    codes = np.sort(np.asarray(state.base_points.action), axis=1)
+    np.testing.assert_array_equal(codes, np.tile([-1.0] * (codes.shape[1] - 1) + [1.0], (80, 1)))
 
 
 # Integrals
@@ -429,7 +437,7 @@ def test_sampled_integrals_learn_what_quadrature_does(monkeypatch, integral):
 def test_the_window_holds_the_last_iterations():
     """`window + 1` of them, each slot with the very actions that the solver gave in that iteration."""
     module, config, state, _ = example("fqi_amortized", exact_fraction=0.1, window=2)
-    step = jax.jit(module.iteration)
+    step = quick_jit(module.iteration)
     given = {}
     for n in range(7):
         _, key_max, *_ = random.split(state.key, 4)
@@ -445,8 +453,8 @@ def test_the_window_holds_the_last_iterations():
 def test_both_criteria_stop_the_amortized_iteration(monkeypatch):
     """`delta` is the larger of the change of q and of the policy's distance from the window, both by hand."""
     module, config, state, _ = example("fqi_amortized", exact_fraction=0.5, window=1)
-    before = jax.jit(module.iteration)(config, state)[0]
-    after, (_, error) = jax.jit(module.iteration)(config, before)
+    before = quick_jit(module.iteration)(config, state)[0]
+    after, (_, error) = quick_jit(module.iteration)(config, before)
     batch = after.base_points
     q = [module.critic(config, s.params.critic, batch.obs, batch.action) for s in (before, after)]
     policy = jnp.tanh(module.mlp(after.params.actor, batch.next_obs[:40]))
@@ -459,7 +467,7 @@ def test_both_criteria_stop_the_amortized_iteration(monkeypatch):
 
 
 def test_all_four_files_collect_the_same_base_points():
-    states = [jax.jit(module.init)(CONFIGS[name], random.key(5)) for name, module in FAMILY.items()]
+    states = [quick_jit(module.init)(CONFIGS[name], random.key(5)) for name, module in FAMILY.items()]
     for state in states[1:]:
         for x, y in zip(states[0].base_points, state.base_points, strict=True):
             np.testing.assert_array_equal(x, y)
@@ -485,7 +493,7 @@ def test_base_points_are_transitions_of_the_environment():
 def test_exploration_range_bounds_the_random_actions():
     for name, module in FAMILY.items():
         config = replace(CONFIGS[name], exploration_range=0.25)
-        action = jax.jit(module.init)(config, random.key(0)).base_points.action
+        action = quick_jit(module.init)(config, random.key(0)).base_points.action
         assert 0.2 < np.abs(action).max() <= 0.25
 
 
@@ -495,7 +503,7 @@ def test_rounds_add_base_points_of_the_policy():
     state = jax.jit(nfqca.init)(config, random.key(0))
     first = np.asarray(state.base_points.obs)
     np.testing.assert_array_equal(first[:40], first[40:])
-    epoch = jax.jit(nfqca.epoch)
+    epoch = quick_jit(nfqca.epoch)
     steps = []
     for _ in range(4):
         policy = state.params.actor
@@ -511,7 +519,7 @@ def test_rounds_add_base_points_of_the_policy():
 
 
 def write_file(path, module=fqi, **fields):
-    points = jax.jit(module.init)(replace(CONFIGS["fqi"], **fields), random.key(0)).base_points
+    points = quick_jit(module.init)(replace(CONFIGS["fqi"], **fields), random.key(0)).base_points
     np.savez(path, **{name: np.asarray(x) for name, x in points._asdict().items()})
     return points
 
@@ -519,7 +527,7 @@ def write_file(path, module=fqi, **fields):
 def test_base_points_of_a_file_are_used_as_they_are(tmp_path):
     points = write_file(tmp_path / "points.npz")
     for name, module in FAMILY.items():
-        state = jax.jit(module.init)(replace(CONFIGS[name], base_points=str(tmp_path / "points.npz")), random.key(9))
+        state = quick_jit(module.init)(replace(CONFIGS[name], base_points=str(tmp_path / "points.npz")), random.key(9))
         assert_same(tuple(state.base_points), tuple(points))
 
 
@@ -612,12 +620,14 @@ def test_nfqca_ascends_the_value_of_its_actions():
 @every_file
 def test_train_equals_init_and_epochs(name):
     module, config = FAMILY[name], CONFIGS[name]
-    state, metrics = jax.jit(module.init)(config, random.key(3)), []
-    epoch = jax.jit(module.epoch)
+    state, metrics = quick_jit(module.init)(config, random.key(3)), []
+    epoch = quick_jit(module.epoch)
     for _ in range(2):
         state, epoch_metrics = epoch(config, state)
         metrics.append(epoch_metrics)
-    assert_same((state, jax.tree.map(lambda *x: jnp.stack(x), *metrics)), jax.jit(module.train)(config, random.key(3)))
+    assert_same(
+        (state, jax.tree.map(lambda *x: jnp.stack(x), *metrics)), quick_jit(module.train)(config, random.key(3))
+    )
     assert metrics[-1].iteration == 4
     assert metrics[-1].step == 80
 
