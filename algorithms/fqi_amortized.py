@@ -512,9 +512,9 @@ def iteration(config, state):
     key, key_max, key_critic, key_actor = random.split(state.key, 4)
     batch, old = state.base_points, state.params
     targets, exact = bellman_targets(config, old, batch, key_max)
-    window = window_add(state.window, state.iteration, exact)
-    actor_params, error = old.actor, jnp.zeros(())
+    window, actor_params, error = state.window, old.actor, jnp.zeros(())
     if len(exact):
+        window = window_add(window, state.iteration, exact)
         actor_params, error = fit_actor(config, old.actor, window, batch.next_obs[: len(exact)], key_actor)
     params = Params(actor_params, fit_critic(config, old.critic, batch, targets, key_critic))
     change = critic(config, params.critic, *batch[:2]) - critic(config, old.critic, *batch[:2])
@@ -560,7 +560,7 @@ def init(config, key):
     obs_dim, action_dim = base_points.obs.shape[1], base_points.action.shape[1]
     critic_params = critic_init(config, key_critic, obs_dim, action_dim)
     actor_params = mlp_init(key_actor, (obs_dim, *config.hidden_sizes, action_dim))
-    slots, n = config.window + 1, num_exact(config, len(base_points.reward))
+    slots, n = config.window + 1, max(1, num_exact(config, len(base_points.reward)))  # no array is without rows
     window = Window(jnp.zeros((slots, n, action_dim)), jnp.zeros(slots, int))
     params = Params(actor_params, critic_params)
     return State(params, base_points, window, jnp.int32(0), jnp.array(jnp.inf), key)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algorithms import fqi, nfqca, td3
+from algorithms import fqi, fqi_amortized, nfqca, td3
 from common import checkpoint, cli, milp, plot, record, run
 
 SCRIPT = Path(td3.__file__)
@@ -403,6 +403,12 @@ def test_fitted_q_counts_iterations_and_resumes(monkeypatch, capsys, tmp_path):
     assert progress.tolist() == [1, 2, 3, 4]
     assert returns.shape == (1, 4)
     assert plot.curve(group).axes[0].get_xlabel() == "iterations"
+
+
+def test_a_policy_without_a_solver_runs(monkeypatch, tmp_path):
+    """The window of `exact_fraction` 0 is empty, and an array without rows could not be placed on devices."""
+    flags = ["--exact-fraction", "0", "--num-seeds", "2", "--no-plot"]
+    assert run_fitted(monkeypatch, tmp_path, *flags, module=fqi_amortized) == 0
 
 
 def test_base_points_are_written_once_and_shared(monkeypatch, capsys, tmp_path):
