@@ -138,7 +138,7 @@ def maximize(config, critic_params, obs, key):
     action_dim = critic_params[0][0].shape[0] - obs.shape[0]
 
     def call(layers, obs):
-        return relu_network(layers, obs).action.astype(np.float32)
+        return relu_network(layers, obs, time_limit=TIME_LIMIT).action.astype(np.float32)
 
     shape = jax.ShapeDtypeStruct((action_dim,), np.float32)
     return jax.pure_callback(call, shape, critic_params, obs, vmap_method="sequential")

@@ -16,6 +16,7 @@ import inspect
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -49,7 +50,13 @@ def main(config_class, init, epoch):
     group = record.group_folder(options.out, Path(script).stem, config.env, options.name)
     seeds = list(range(options.seed, options.seed + options.num_seeds))
     claim(group, script, config, seeds, options.resume)
-    raise SystemExit(run(config, init, epoch, seeds, group, options))
+    try:
+        raise SystemExit(run(config, init, epoch, seeds, group, options))
+    except jax.errors.JaxRuntimeError as error:
+        late = re.search(r"TimeoutError: (.*)", str(error))  # of a solver that the program calls
+        if not late:
+            raise
+        cli.fail(f"--maximizer {config.maximizer}: {late[1]}")
 
 
 def set_up_backend(num_seeds=1, largest_product=0):

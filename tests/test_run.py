@@ -430,6 +430,15 @@ def test_base_points_are_written_once_and_shared(monkeypatch, capsys, tmp_path):
     assert described["base_points_sha256"] in capsys.readouterr().err
 
 
+def test_an_exact_maximiser_that_takes_too_long_is_named(monkeypatch, capfd, tmp_path):
+    monkeypatch.setitem(fqi.MAXIMIZERS, "milp", milp.maximize)
+    monkeypatch.setattr(milp, "TIME_LIMIT", 1e-6)
+    flags = ["--num-base-points", "100", "--maximizer", "milp", "--num-iterations", "1"]
+    assert run_fitted(monkeypatch, tmp_path, *flags) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert lines[-1].startswith("error: --maximizer milp: no proven maximum within time_limit=1e-06 s")
+
+
 def test_an_exact_maximiser_trains_and_plays(monkeypatch, capsys, tmp_path):
     """The command line brings `milp` along, and so does the reader of saved policies."""
     monkeypatch.setitem(fqi.MAXIMIZERS, "milp", milp.maximize)
