@@ -42,7 +42,7 @@ def test_commands_and_links_name_what_exists(capsys):
         assert (ROOT / link).exists(), link
     flags = {f"--{name.replace('_', '-')}" for c in CLASSES for name in c.__annotations__}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
-    assert named - flags - {"--help", "--rejax", "--rounds", "--num-steps"} == set()
+    assert named - flags - {"--help", "--rejax", "--rounds", "--num-states", "--repeats"} == set()
 
 
 @pytest.mark.parametrize("table", sorted(path.name for path in (ROOT / "results").glob("*.md")))
