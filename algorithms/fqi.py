@@ -308,7 +308,6 @@ MAXIMIZERS = {
 
 def maximize(config, critic_params, obs, key):
     """Actions `[n, action_dim]` of highest value for `obs [n, obs_dim]`; all states share their random candidates."""
-
     solve = MAXIMIZERS[config.maximizer]
     return lax.map(lambda obs: solve(config, critic_params, obs, key), obs, batch_size=CHUNK)
 

@@ -338,7 +338,6 @@ MAXIMIZERS = {
 
 def maximize(config, critic_params, obs, key):
     """Actions `[n, action_dim]` of highest value for `obs [n, obs_dim]`; all states share their random candidates."""
-
     solve = MAXIMIZERS[config.maximizer]
     return lax.map(lambda obs: solve(config, critic_params, obs, key), obs, batch_size=CHUNK)
 
@@ -484,8 +483,6 @@ def fit_actor(config, params, window, obs, key):
 
 def check(config):
     """Raise a ValueError `field=value: rule` where sizes and choices do not fit together."""
-    if not 0 <= config.exact_fraction <= 1:
-        raise ValueError(f"exact_fraction={config.exact_fraction}: must be in [0, 1]")
     discrete, solver = is_discrete(config), config.maximizer
     points = config.num_candidates ** len(make_env(config)[2])
     fits = "exhaustive" if discrete else ", ".join(name for name in MAXIMIZERS if name != "exhaustive")
@@ -497,6 +494,7 @@ def check(config):
             config.num_iterations % config.iterations_per_epoch == 0,
             f"a divisor of num_iterations={config.num_iterations}",
         ),
+        ("exact_fraction", 0 <= config.exact_fraction <= 1, "in [0, 1]"),
         ("maximizer", solver in MAXIMIZERS, f"one of {', '.join(MAXIMIZERS)}; milp comes with the command line"),
         ("maximizer", (solver == "exhaustive") == discrete, f"{fits}: the actions of {config.env} are {kind}"),
         ("maximizer", solver != "milp" or config.approximator == "mlp", "another: milp is for approximator=mlp"),

@@ -90,7 +90,7 @@ def check_value(name, value):
     elif isinstance(value, float):
         if not math.isfinite(value):
             fail(f"{flag} {value}: must be a finite number")
-        if name in ("gamma", "tau", "exact_fraction") and not 0 <= value <= 1:
+        if name in ("gamma", "tau") and not 0 <= value <= 1:
             fail(f"{flag} {value}: must be in [0, 1]")
         if ("noise" in name or name in ("ou_theta", "ou_sigma", "ridge", "tolerance")) and value < 0:
             fail(f"{flag} {value}: must be 0 or more")
@@ -115,7 +115,8 @@ def register_env(name):
         nearest = ", ".join(near or CONTINUOUS_ENVS)
         fail(f"--env {name}: no such gymnax environment; nearest: {nearest}; or your own as module:factory")
     try:
-        has_box_actions(name)
+        env, env_params = gymnax.make(name)
+        env.action_space(env_params)
     except Exception as error:
         fail(f"--env {name}: cannot be made: {type(error).__name__}: {error}")
 

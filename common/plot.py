@@ -37,9 +37,14 @@ def read_group(group):
 
 def draw(group):
     """Write `curve.png` of the run in `group`."""
+    save(curve(Path(group)), Path(group) / "curve.png")
+
+
+def save(figure, path):
+    """Write a figure as PNG; the same figure gives the same bytes."""
     data = io.BytesIO()
-    curve(Path(group)).savefig(data, format="png", metadata={"Software": None})
-    record.write_atomic(Path(group) / "curve.png", data.getvalue())
+    figure.savefig(data, format="png", metadata={"Software": None})
+    record.write_atomic(path, data.getvalue())
 
 
 def curve(group):

@@ -9,7 +9,6 @@ file but for what is named. Times are those of one iteration on 50,000 base poin
 import argparse
 import functools
 import importlib
-import io
 import statistics
 import subprocess
 import sys
@@ -128,9 +127,7 @@ def main():
         cells = f"{plot.iqm(final):.1f} ({low:.1f} to {high:.1f}) | {final.min():.1f} | {' | '.join(times)}"
         lines.append(f"| {algorithm} | {exact} | {window} | {cells} |")
         print(lines[-1], flush=True)
-    data = io.BytesIO()
-    draw(returns).savefig(data, format="png", metadata={"Software": None})
-    record.write_atomic(ROOT / "results" / "fitted_q.png", data.getvalue())
+    plot.save(draw(returns), ROOT / "results" / "fitted_q.png")
     (ROOT / "results" / "fitted_q.md").write_text("\n".join(lines) + "\n")
 
 

@@ -8,7 +8,6 @@ interquartile means over seeds with their 95 % bootstrap bands.
 """
 
 import argparse
-import io
 import math
 import subprocess
 import sys
@@ -87,9 +86,7 @@ def main():
             figures = f"{plot.iqm(final):.1f} ({low:.1f} to {high:.1f}) | {final.min():.1f} | {bias:+.1f}"
             lines.append(f"| {env} | {algorithm} | {steps:,} | {seeds} | {figures} |")
             print(lines[-1], flush=True)
-    data = io.BytesIO()
-    draw(groups).savefig(data, format="png", metadata={"Software": None})
-    record.write_atomic(ROOT / "results" / "lineage.png", data.getvalue())
+    plot.save(draw(groups), ROOT / "results" / "lineage.png")
     (ROOT / "results" / "lineage.md").write_text("\n".join(lines) + "\n")
 
 
