@@ -60,6 +60,17 @@ def system(dims):
     return EnvParams(A=A, B=B, Q=np.eye(dims), R=np.eye(B.shape[1]), noise=0.1 * np.eye(dims))
 
 
+def start(params, key):
+    """A point `[n]` of the cube [-1, 1]^n."""
+    return random.uniform(key, params.A.shape[:1], minval=-1, maxval=1)
+
+
+def advance(params, s, a, key):
+    """One step from `s [n]` with `a [m]`: `(next s, cost)`, the cost being that of the step's beginning."""
+    cost = s @ params.Q @ s + a @ params.R @ a
+    return params.A @ s + params.B @ a + params.noise @ random.normal(key, s.shape), cost
+
+
 class LQR(environment.Environment[EnvState, EnvParams]):
     """A linear-quadratic system that starts in [-1, 1]^n, is fully observed, and cut at a time limit."""
 
@@ -76,16 +87,14 @@ class LQR(environment.Environment[EnvState, EnvParams]):
 
     def reset_env(self, key, params):
         """Start at a point of the cube [-1, 1]^n."""
-        position = random.uniform(key, params.A.shape[:1], minval=-1, maxval=1)
+        position = start(params, key)
         return position, EnvState(position=position, time=0)
 
     def step_env(self, key, state, action, params):
         """Reward for where the system is and what is done to it, then one step of the dynamics."""
-        s, a = state.position, jnp.clip(action, -ACTION_BOUND, ACTION_BOUND)
-        reward = -(s @ params.Q @ s + a @ params.R @ a)
-        s = params.A @ s + params.B @ a + params.noise @ random.normal(key, s.shape)
+        s, cost = advance(params, state.position, jnp.clip(action, -ACTION_BOUND, ACTION_BOUND), key)
         s, state = self._apply_transition_gradient_policy(s, EnvState(position=s, time=state.time + 1))
-        return s, state, reward, jnp.array(False), {}
+        return s, state, -cost, jnp.array(False), {}
 
     def action_space(self, params):
         """A box wide enough never to bind the best policy."""
@@ -141,15 +150,12 @@ def simulate(params, policy, gamma, key, num_episodes=512, num_steps=300):
     """
 
     def step(carry, key):
-        s, cost, discount = carry
-        a = policy(s)
-        cost += discount * (s @ params.Q @ s + a @ params.R @ a)
-        s = params.A @ s + params.B @ a + params.noise @ random.normal(key, s.shape)
-        return (s, cost, discount * gamma), None
+        s, total, discount = carry
+        s, cost = advance(params, s, policy(s), key)
+        return (s, total + discount * cost, discount * gamma), None
 
     def episode(key):
         key_start, key_noise = random.split(key)
-        s = random.uniform(key_start, params.A.shape[:1], minval=-1, maxval=1)
-        return lax.scan(step, (s, 0.0, 1.0), random.split(key_noise, num_steps))[0][1]
+        return lax.scan(step, (start(params, key_start), 0.0, 1.0), random.split(key_noise, num_steps))[0][1]
 
     return jax.vmap(episode)(random.split(key, num_episodes))

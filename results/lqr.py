@@ -21,8 +21,6 @@ from benchmark import ROOT, machine
 from common import lqr, record
 
 GAMMA = 0.9
-# one wide layer: its value has more, and smaller, kinks for the actor to stop at than two narrow ones
-FLAGS = "--gamma 0.9 --num-eval-episodes 64"
 OWN = {
     "ddpg": "--ou-theta 1 --ou-dt 1 --ou-sigma 0.2 --target-period 1 --tau 0.005 --learning-rate 5e-4",
     "td3": "--exploration-noise 0.2 --learning-rate 3e-4",
@@ -45,10 +43,10 @@ def is_harder(algorithm, env):
 def train(algorithm, env, seeds):
     """`[(module, config, params, temperature)]` of the seeds; goes on where it was stopped."""
     group = record.group_folder(ROOT / "results" / "runs", algorithm, env, "closed-form")
+    # one wide layer: its value has more, and smaller, kinks for the actor to stop at than two narrow ones
     width, steps = 1024 if is_harder(algorithm, env) else 512, num_steps(algorithm, env)
-    flags = (
-        f"{FLAGS} --hidden-sizes {width} {OWN[algorithm]} --env {env} --num-seeds {seeds} --name {group.name} --no-plot"
-    )
+    flags = f"--gamma {GAMMA} --num-eval-episodes 64 --hidden-sizes {width} {OWN[algorithm]} --env {env}"
+    flags += f" --num-seeds {seeds} --name {group.name} --no-plot"
     flags += f" --total-steps {steps + 1000} --steps-per-epoch {steps // 4}" + " --resume" * group.exists()
     subprocess.run([sys.executable, f"algorithms/{algorithm}.py", *flags.split()], check=True, cwd=ROOT)
     runs = []
@@ -95,11 +93,8 @@ def main():
             figures = np.array([compare(*run) for run in train(algorithm, env, seeds)])
             worst = *figures[:, :2].max(axis=0), figures[np.abs(figures[:, 2] - 1).argmax(), 2]
             cells = [f"{mean:.3f} ({far:.3f})" for mean, far in zip(figures.mean(axis=0), worst, strict=True)]
-            lines.append(
-                f"| {algorithm} | {dims} | {num_steps(algorithm, env):,} | {' | '.join(cells)} |".replace(
-                    "nan (nan)", ""
-                )
-            )
+            shown = " | ".join(cells).replace("nan (nan)", "")
+            lines.append(f"| {algorithm} | {dims} | {num_steps(algorithm, env):,} | {shown} |")
             print(lines[-1], flush=True)
     (ROOT / "results" / "lqr.md").write_text("\n".join(lines) + "\n")
 
