@@ -226,20 +226,24 @@ def buffer_add(buffer, transition):
     rows = jnp.concatenate(columns, axis=1, dtype=buffer.rows.dtype)
     capacity, n = len(buffer.rows), len(rows)
     return Buffer(
-        lax.dynamic_update_slice(buffer.rows, rows, (buffer.position, 0)),
+        lax.dynamic_update_slice_in_dim(buffer.rows, rows, buffer.position, axis=0),
         (buffer.position + n) % capacity,
         jnp.minimum(buffer.size + n, capacity),
     )
 
 
-def buffer_sample(buffer, key, shape, action_dim):
-    """Draw `Transition [*shape]` uniformly, with replacement, from the filled rows."""
-    index = random.randint(key, shape, 0, buffer.size)
-    rows = buffer.rows.at[index].get(mode="promise_in_bounds")
+def unpack(rows, action_dim):
+    """Rows `[..., 2 * obs_dim + action_dim + 2]` as `Transition [...]`."""
     obs_dim = (rows.shape[-1] - action_dim - 2) // 2
     ends = (obs_dim, obs_dim + action_dim, obs_dim + action_dim + 1, rows.shape[-1] - 1)
     obs, action, reward, next_obs, terminated = jnp.split(rows, ends, axis=-1)
     return Transition(obs, action, reward[..., 0], next_obs, terminated[..., 0])
+
+
+def buffer_sample(buffer, key, shape, action_dim):
+    """Draw `Transition [*shape]` uniformly, with replacement, from the filled rows."""
+    index = random.randint(key, shape, 0, buffer.size)
+    return unpack(buffer.rows.at[index].get(mode="promise_in_bounds"), action_dim)
 
 
 # Losses

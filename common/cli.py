@@ -90,13 +90,14 @@ def check_value(name, value):
     elif isinstance(value, float):
         if not math.isfinite(value):
             fail(f"{flag} {value}: must be a finite number")
-        if name in ("gamma", "tau") and not 0 <= value <= 1:
+        if name in ("gamma", "tau", "gae_lambda") and not 0 <= value <= 1:
             fail(f"{flag} {value}: must be in [0, 1]")
         if ("noise" in name or name in ("ou_theta", "ou_sigma", "ridge", "tolerance")) and value < 0:
             fail(f"{flag} {value}: must be 0 or more")
         if name == "exploration_range" and not 0 < value <= 1:
             fail(f"{flag} {value}: must be more than 0 and at most 1")
-        if ("learning_rate" in name or name in ("alpha", "initial_alpha", "beta", "ou_dt")) and value <= 0:
+        positive = ("alpha", "initial_alpha", "beta", "ou_dt", "initial_std", "max_grad_norm")
+        if ("learning_rate" in name or name in positive) and value <= 0:
             fail(f"{flag} {value}: must be more than 0")
 
 

@@ -83,9 +83,10 @@ def set_up_backend(num_seeds=1, largest_product=0):
 
 
 def largest_product(config):
-    """Multiply-adds of a batch between two hidden layers, at most."""
+    """Multiply-adds of a batch, or of what the policy learns from at once, between two hidden layers, at most."""
     sizes = config.hidden_sizes
-    return config.batch_size * max([n * m for n, m in itertools.pairwise(sizes)], default=0)
+    rows = max(config.batch_size, config.num_envs * getattr(config, "num_steps", 1), getattr(config, "num_rollouts", 1))
+    return rows * max([n * m for n, m in itertools.pairwise(sizes)], default=0)
 
 
 def write_base_points(config, init, seed):
@@ -139,10 +140,10 @@ class Work(NamedTuple):
 
 
 def work(config):
-    """Fitted-Q algorithms count their iterations, all others environment steps."""
+    """Algorithms with a number of iterations count these, all others environment steps."""
     if hasattr(config, "num_iterations"):
         return Work("iterations", 0, config.iterations_per_epoch, config.num_iterations)
-    return Work("steps", config.learning_starts, config.steps_per_epoch, config.total_steps)
+    return Work("steps", getattr(config, "learning_starts", 0), config.steps_per_epoch, config.total_steps)
 
 
 class Programs(NamedTuple):

@@ -1,0 +1,240 @@
+"""REINFORCE: advantages against a plain loop, gradients against NumPy and closed forms, and what it learns."""
+
+import types
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from cases import assert_close, assert_same, finite_differences, load_broken, np_mlp, quick_jit, random_layers, replace
+from jax import random
+
+from algorithms import reinforce
+from common import lqr
+
+CONFIG = reinforce.Config(
+    total_steps=128,
+    steps_per_epoch=64,
+    num_envs=4,
+    num_steps=8,
+    num_eval_episodes=2,
+    critic_steps=2,
+    batch_size=16,
+    hidden_sizes=(8, 8),
+)
+BOX = replace(CONFIG, env="Pendulum-v1")
+
+
+# Advantages
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
+def test_advantages_equal_a_double_loop(gae_lambda):
+    """A sum over what follows a step in its episode, with the baseline after a time limit and nothing after an end."""
+    config, rng = replace(CONFIG, gae_lambda=gae_lambda, gamma=0.9), np.random.default_rng(0)
+    shape = (12, 5)
+    reward, value, next_value = rng.normal(size=(3, *shape))
+    terminated = rng.random(shape) < 0.15
+    truncated = ~terminated & (rng.random(shape) < 0.15)
+    assert terminated.any()
+    assert truncated.any()
+    steps = types.SimpleNamespace(reward=jnp.asarray(reward), terminated=jnp.asarray(terminated))
+    ended = jnp.asarray(terminated | truncated)
+    ours = reinforce.advantages(config, steps, ended, jnp.asarray(value), jnp.asarray(next_value))
+    expected = np.zeros(shape)
+    for env in range(shape[1]):
+        for t in range(shape[0]):
+            for k in range(t, shape[0]):
+                after = 0 if terminated[k, env] else 0.9 * next_value[k, env]
+                error = reward[k, env] + after - value[k, env]
+                expected[t, env] += (0.9 * gae_lambda) ** (k - t) * error
+                if terminated[k, env] or truncated[k, env]:
+                    break
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_advantages_with_lambda_one_are_rewards_to_go():
+    """Less the baseline at the step, and with the baseline beyond the last one, where values follow one another."""
+    config, rng = replace(CONFIG, gamma=0.9), np.random.default_rng(1)
+    reward, values = rng.normal(size=(6, 1)), rng.normal(size=(7, 1))
+    steps = types.SimpleNamespace(reward=jnp.asarray(reward), terminated=jnp.zeros((6, 1)))
+    ours = reinforce.advantages(config, steps, jnp.zeros((6, 1)), jnp.asarray(values[:-1]), jnp.asarray(values[1:]))
+    for t in range(6):
+        to_go = sum(0.9 ** (k - t) * reward[k, 0] for k in range(t, 6)) + 0.9 ** (6 - t) * values[6, 0]
+        np.testing.assert_allclose(ours[t, 0], to_go - values[t, 0], rtol=1e-4)
+
+
+# Losses
+
+
+def np_log_prob(config, actor, obs, action):
+    x = np_mlp(actor.network, obs)
+    if reinforce.is_discrete(config):
+        return ((action + 1) / 2 * (x - scipy.special.logsumexp(x, axis=1, keepdims=True))).sum(axis=1)
+    z = (action - x) / np.exp(actor.log_std)
+    return (-0.5 * z**2 - actor.log_std - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+
+
+@pytest.mark.parametrize("config", [CONFIG, BOX], ids=["discrete", "box"])
+def test_gradients_equal_finite_differences(config):
+    rng = np.random.default_rng(2)
+    actions = 2 if config is CONFIG else 1
+    actor = reinforce.Actor(random_layers(rng, (3, 5), (5, actions)), np.full(actions, -0.7))
+    critic = random_layers(rng, (3, 5), (5, 1))
+    obs, advantage, target = rng.normal(size=(16, 3)), rng.normal(size=16), rng.normal(size=16)
+    action = 2 * np.eye(2)[rng.integers(2, size=16)] - 1 if config is CONFIG else 1.5 * rng.normal(size=(16, 1))
+    steps = types.SimpleNamespace(obs=jnp.asarray(obs), action=jnp.asarray(action))
+    gradient = jax.grad(lambda *x: reinforce.actor_loss(*x)[0])(
+        jax.tree.map(jnp.asarray, actor), config, steps, advantage
+    )
+    expected = finite_differences(lambda p: -(advantage * np_log_prob(config, p, obs, action)).mean(), actor)
+    assert_close(gradient, jax.tree.map(jnp.asarray, expected), rtol=2e-3, atol=2e-5)
+    gradient = jax.grad(reinforce.critic_loss)(jax.tree.map(jnp.asarray, critic), obs, target)
+    expected = finite_differences(lambda p: np.mean((np_mlp(p, obs)[:, 0] - target) ** 2), critic)
+    assert_close(gradient, jax.tree.map(jnp.asarray, expected), rtol=2e-3, atol=2e-5)
+
+
+def test_entropy_is_that_of_the_policy():
+    params = reinforce.Actor([(jnp.zeros((3, 2)), jnp.array([0.0, 1.0]))], jnp.log(jnp.array([0.5, 2.0])))
+    obs = jnp.zeros((4, 3))
+    steps = types.SimpleNamespace(obs=obs, action=jnp.ones((4, 2)) * jnp.array([1, -1]))
+    p = 1 / (1 + np.e)
+    expected = -p * np.log(p) - (1 - p) * np.log(1 - p)
+    np.testing.assert_allclose(reinforce.actor_loss(params, CONFIG, steps, jnp.zeros(4))[1], expected, rtol=1e-5)
+    box = reinforce.actor_loss(params, replace(BOX, env="Swimmer-misc"), steps, jnp.zeros(4))[1]
+    np.testing.assert_allclose(box, np.log(2 * np.pi * np.e), rtol=1e-5)  # the deviations multiply to 1
+
+
+def test_likelihood_ratio_gradient_is_that_of_the_expected_reward():
+    """Reward -a^2 in a single step and a ~ N(m, sd^2): dJ/dm = -2 m and dJ/d(log sd) = -2 sd^2, for any baseline."""
+    n, mean, std = 20_000, 0.3, 0.2
+    config = replace(CONFIG, env="Bandit-test", num_envs=n, num_steps=1, hidden_sizes=())
+    state = jax.eval_shape(reinforce.init, replace(config, total_steps=n, steps_per_epoch=n), random.key(0))
+    actor = reinforce.Actor([(jnp.zeros((1, 1)), jnp.array([mean]))], jnp.log(jnp.array([std])))
+    env_state, obs = reinforce.env_init(config, random.key(1))
+    state = state._replace(env_state=env_state, obs=obs, step=jnp.int32(0), key=random.key(2))
+    state = state._replace(params=reinforce.Params(actor, [(jnp.zeros((1, 1)), jnp.array([-0.1]))]))
+    _, steps, ended = reinforce.collect(config, state)
+    value, next_value = (reinforce.critic(state.params.critic, x) for x in (steps.obs, steps.next_obs))
+    advantage = reinforce.advantages(config, steps, ended, value, next_value)
+    assert ended.all()
+    one = lambda step, a: jax.grad(lambda p: -reinforce.actor_loss(p, config, step, a)[0])(actor)
+    gradients = jax.vmap(one)(jax.tree.map(lambda x: x[0], steps), advantage[0])
+    for values, expected in ((gradients.network[0][1], -2 * mean), (gradients.log_std, -2 * std**2)):
+        assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(n)
+
+
+# Acting
+
+
+def test_continuous_actions_are_noted_before_they_are_clipped():
+    config = replace(CONFIG, env="Table-test", num_envs=50, initial_std=3.0, total_steps=400, steps_per_epoch=400)
+    state = quick_jit(reinforce.init)(config, random.key(0))
+    _, steps, _ = quick_jit(reinforce.collect)(config, state)
+    assert np.abs(steps.action).max() > 3
+    clipped = np.clip(steps.action, -1, 1)
+    np.testing.assert_allclose(steps.reward, (1 + 2 * clipped[..., 0]) + (1.5 + clipped[..., 1]), rtol=1e-4, atol=1e-5)
+
+
+def test_discrete_actions_are_drawn_as_often_as_the_policy_says():
+    params = reinforce.Actor([(jnp.zeros((4, 2)), jnp.array([0.0, 1.0]))], jnp.zeros(2))
+    obs = jnp.zeros((10_000, 4))
+    action = reinforce.sample(CONFIG, params, obs, random.key(0))
+    np.testing.assert_array_equal(np.unique(action), [-1, 1])
+    p = 1 / (1 + np.exp(-1))
+    assert abs((action[:, 1] == 1).mean() - p) < 4 * np.sqrt(p * (1 - p) / 10_000)
+    np.testing.assert_array_equal(reinforce.actor(CONFIG, params, obs[:3]), [[-1, 1]] * 3)
+    critic = [(jnp.zeros((4, 1)), jnp.zeros(1))]
+    assert reinforce.act(CONFIG, reinforce.Params(params, critic), obs[0]) == 1
+
+
+# What a run is
+
+
+@pytest.mark.parametrize("config", [CONFIG, BOX], ids=["discrete", "box"])
+def test_train_equals_init_and_epochs_alone_and_among_others(config):
+    """Bitwise."""
+    init, epoch = jax.jit(reinforce.init), jax.jit(reinforce.epoch, donate_argnums=1)
+    state, metrics = init(config, random.key(1)), []
+    for _ in range(2):
+        state, epoch_metrics = epoch(config, state)
+        metrics.append(epoch_metrics)
+    run = state, jax.tree.map(lambda *x: jnp.stack(x), *metrics)
+    assert run[1].step.tolist() == [64, 128]
+    keys = jax.vmap(random.key)(jnp.arange(2))
+    runs = jax.jit(lambda keys: jax.lax.map(lambda key: reinforce.train(config, key), keys))(keys)
+    assert_same(run, jax.tree.map(lambda x: x[1], runs))
+
+
+def test_vmap_over_configs_equals_separate_runs():
+    configs = [replace(CONFIG, actor_learning_rate=rate, gae_lambda=lam) for rate, lam in ((1e-3, 1.0), (3e-3, 0.5))]
+    stacked = jax.tree.map(lambda *x: jnp.array(x), *configs)
+    train = quick_jit(reinforce.train)
+    together = quick_jit(jax.vmap(reinforce.train, in_axes=(0, None)))(stacked, random.key(0))
+    alone = [train(config, random.key(0)) for config in configs]
+    for i in range(2):
+        params = jax.tree.map(lambda x, i=i: x[i], together[0].params)
+        assert_close(params, alone[i][0].params, rtol=1e-3, atol=1e-5)
+    assert np.abs(alone[0][0].params.actor.network[0][0] - alone[1][0].params.actor.network[0][0]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("steps_per_epoch", {"steps_per_epoch": 40}),
+        ("total_steps", {"total_steps": 100}),
+        ("env", {"env": "LQR-box-test"}),
+    ],
+)
+def test_a_mistake_names_its_field(field, changes):
+    if "env" in changes:
+        gymnax.register("LQR-box-test", UnboundedLQR)
+    config = replace(CONFIG, **changes)
+    with pytest.raises(ValueError, match=f"^{field}={getattr(config, field)}: "):
+        jax.eval_shape(reinforce.init, config, random.key(0))
+
+
+class UnboundedLQR(lqr.LQR):
+    """Actions without bounds."""
+
+    def action_space(self, params):
+        return gymnax.environments.spaces.Box(-jnp.inf, jnp.inf, (1,))
+
+
+# Learning
+
+
+def cartpole_return(module):
+    config = module.Config(total_steps=153_600)
+    return float(jax.jit(module.train)(config, random.key(0))[1].eval_returns[-1].mean())
+
+
+def test_balances_the_pole():
+    assert cartpole_return(reinforce) >= 475
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("-weighted.mean()", "weighted.mean()"),
+        ("advantage * log_prob(", "value_free * log_prob("),
+        ("(1 - transitions.terminated) * next_value - value", "(1 + 0 * transitions.terminated) * next_value - value"),
+    ],
+)
+def test_a_broken_algorithm_does_not(tmp_path, old, new):
+    """Ascent for descent; rewards without their sign; values that go on beyond the fall."""
+    broken = load_broken(reinforce, tmp_path, old, new.replace("value_free", "jnp.abs(advantage)"))
+    assert cartpole_return(broken) < 300
+
+
+@pytest.mark.parametrize("env", ["LQR1-v0", "LQR-v0"])
+def test_comes_within_a_twentieth_of_the_best_linear_quadratic_cost(env):
+    config = reinforce.Config(env=env, gamma=0.9, num_eval_episodes=1)
+    state, _ = jax.jit(reinforce.train)(config, random.key(0))
+    system = gymnax.make(env)[1]
+    K = jnp.asarray(lqr.solve(system, 0.9).K)
+    policies = (lambda s: reinforce.act(config, state.params, s)), (lambda s: -K @ s)
+    ours, best = (lqr.simulate(system, policy, 0.9, random.key(1), 1024).mean() for policy in policies)
+    assert 1 < ours / best < 1.05
