@@ -253,15 +253,15 @@ def advantages(config, transitions, ended, value, next_value):
     return lax.scan(step, jnp.zeros_like(delta[0]), (delta, ended), reverse=True)[1]
 
 
+def critic_loss(critic_params, obs, target):
+    """Mean squared error of the baseline."""
+    return jnp.square(critic(critic_params, obs) - target).mean()
+
+
 def actor_loss(actor_params, config, transitions, advantage):
     """Its gradient is the likelihood-ratio estimate of the policy's, negated; also the entropy: `(loss, entropy)`."""
     weighted = advantage * log_prob(config, actor_params, transitions.obs, transitions.action)
     return -weighted.mean(), policy(config, actor_params, transitions.obs).entropy().mean()
-
-
-def critic_loss(critic_params, obs, target):
-    """Mean squared error of the baseline."""
-    return jnp.square(critic(critic_params, obs) - target).mean()
 
 
 # Training
@@ -301,20 +301,20 @@ def collect(config, state):
     return state._replace(env_state=env_state, obs=obs, step=steps, key=key), transitions, ended
 
 
-def update_actor(config, params, opt_state, transitions, advantage):
-    """One Adam step of the policy: `(params, opt_state, (loss, entropy))`."""
-    figures, grads = jax.value_and_grad(actor_loss, has_aux=True)(params.actor, config, transitions, advantage)
-    updates, adam = optax.adam(config.actor_learning_rate).update(grads, opt_state.actor)
-    params = params._replace(actor=optax.apply_updates(params.actor, updates))
-    return params, opt_state._replace(actor=adam), figures
-
-
 def update_critic(config, params, opt_state, obs, target):
     """One Adam step of the baseline: `(params, opt_state, loss)`."""
     loss, grads = jax.value_and_grad(critic_loss)(params.critic, obs, target)
     updates, adam = optax.adam(config.critic_learning_rate).update(grads, opt_state.critic)
     params = params._replace(critic=optax.apply_updates(params.critic, updates))
     return params, opt_state._replace(critic=adam), loss
+
+
+def update_actor(config, params, opt_state, transitions, advantage):
+    """One Adam step of the policy: `(params, opt_state, (loss, entropy))`."""
+    figures, grads = jax.value_and_grad(actor_loss, has_aux=True)(params.actor, config, transitions, advantage)
+    updates, adam = optax.adam(config.actor_learning_rate).update(grads, opt_state.actor)
+    params = params._replace(actor=optax.apply_updates(params.actor, updates))
+    return params, opt_state._replace(actor=adam), figures
 
 
 def iteration(config, state):

@@ -371,13 +371,11 @@ def discounted_return(actor_params, config, model, start, noise):
     return lax.scan(step, (start, jnp.ones(()), jnp.zeros(())), noise)[0][2]
 
 
-def autodiff_gradient(config, params, start, noise):
-    """Objective of one rollout and its gradient, backward in time."""
-    return jax.value_and_grad(discounted_return)(params.actor, config, params.model, start, noise)
-
-
 def manual_gradient(config, params, start, noise):
-    """The same, forward in time: its memory does not grow with the horizon, its time does with the parameters."""
+    """Objective of one rollout and its gradient, forward in time.
+
+    Memory does not grow with the horizon; time, and memory, grow with the number of parameters.
+    """
     w, unravel = ravel_pytree(params.actor)
     obs_dim = params.actor[0][0].shape[0]
 
@@ -403,9 +401,15 @@ def manual_gradient(config, params, start, noise):
 
 def policy_gradient(config, params, starts, noises):
     """Objective and its gradient, means over rollouts: `starts [num_rollouts, n]`, as is the first axis of `noises`."""
-    gradient = manual_gradient if config.gradient == "manual" else autodiff_gradient
-    rollouts = jax.vmap(gradient, in_axes=(None, None, 0, 0))(config, params, starts, noises)
-    return jax.tree.map(lambda x: x.mean(axis=0), rollouts)
+    if config.gradient == "manual":
+        rollouts = jax.vmap(manual_gradient, in_axes=(None, None, 0, 0))(config, params, starts, noises)
+        return jax.tree.map(lambda x: x.mean(axis=0), rollouts)
+
+    def objective(actor_params):
+        returns = jax.vmap(discounted_return, in_axes=(None, None, None, 0, 0))
+        return returns(actor_params, config, params.model, starts, noises).mean()
+
+    return jax.value_and_grad(objective)(params.actor)
 
 
 def model_loss(network, model, batch):

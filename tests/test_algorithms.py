@@ -16,7 +16,19 @@ import pytest
 from cases import SMALL, assert_close, assert_same, leaves, load_broken, quick_jit, replace
 from jax import lax, random
 
-from algorithms import ddpg, fqi, fqi_amortized, nfqca, sac, sac_value, soft_fqi, td3
+from algorithms import (
+    ddpg,
+    fqi,
+    fqi_amortized,
+    gradient_estimators,
+    nfqca,
+    reinforce,
+    sac,
+    sac_value,
+    soft_fqi,
+    svg,
+    td3,
+)
 from common import lqr
 
 ALGORITHMS = {"ddpg": ddpg, "td3": td3, "sac_value": sac_value, "sac": sac}
@@ -27,7 +39,8 @@ CONFIGS = {
     "sac": sac.Config(**SMALL),
 }
 FITTED = {"fqi": fqi, "fqi_amortized": fqi_amortized, "nfqca": nfqca, "soft_fqi": soft_fqi}
-FILES = ALGORITHMS | FITTED
+GRADIENT = {"reinforce": reinforce, "svg": svg}
+FILES = ALGORITHMS | FITTED | GRADIENT
 INIT = {name: jax.jit(module.init) for name, module in ALGORITHMS.items()}
 EPOCH = {name: jax.jit(module.epoch, donate_argnums=1) for name, module in ALGORITHMS.items()}
 TRAIN = {name: jax.jit(module.train) for name, module in ALGORITHMS.items()}
@@ -36,7 +49,7 @@ every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
 
 def source(name):
-    return Path(FILES[name].__file__)
+    return Path((FILES | {"gradient_estimators": gradient_estimators})[name].__file__)
 
 
 # Bootstrapping
@@ -330,7 +343,9 @@ def test_evaluation_does_not_touch_training(name):
 def test_the_file_alone_trains_in_an_empty_folder(name, tmp_path):
     shutil.copy(source(name), tmp_path)
     small = {"num_base_points": 200, "num_iterations": 2, "iterations_per_epoch": 1, "fit_steps": 2}
-    config = CONFIGS[name] if name in CONFIGS else FITTED[name].Config(**small, num_eval_episodes=2)
+    small |= {"steps_per_epoch": 1024, "total_steps": 2048, "num_rollouts": 2, "num_eval_episodes": 2}
+    fields = {field: value for field, value in small.items() if hasattr(FILES[name].Config, field)}
+    config = CONFIGS[name] if name in CONFIGS else FILES[name].Config(**fields)
     program = f"""
 import sys
 sys.modules["algorithms"] = sys.modules["common"] = None  # an import of either fails, installed or not
@@ -344,13 +359,11 @@ print({name}.__file__, metrics.step.tolist())
     command = [sys.executable, "-I", "-c", program]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ.copy())
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split(maxsplit=1) == [
-        str(tmp_path / f"{name}.py"),
-        "[80, 96]\n" if name in CONFIGS else "[200, 200]\n",
-    ]
+    steps = {"reinforce": [1024, 2048], "svg": [100, 200]}.get(name, [80, 96] if name in CONFIGS else [200, 200])
+    assert done.stdout.split(maxsplit=1) == [str(tmp_path / f"{name}.py"), f"{steps}\n"]
 
 
-@every_file
+@pytest.mark.parametrize("name", [*FILES, "gradient_estimators"])
 def test_imports_only_what_a_single_file_may(name):
     *body, last = ast.parse(source(name).read_text()).body
     assert isinstance(last, ast.If)
@@ -366,15 +379,20 @@ def test_imports_only_what_a_single_file_may(name):
         assert {name.split(".")[0] for name in names} <= allowed, ast.unparse(node)
 
 
-EVERYWHERE = "Transition flatten env_init env_step mlp_init mlp evaluate"
-ONLINE = "Buffer make_env scale_action critic act buffer_init buffer_add buffer_sample epoch train"
+EVERYWHERE = "Transition flatten env_init env_step mlp_init mlp"
+BUFFER = "Buffer make_env scale_action act buffer_init buffer_add unpack buffer_sample"
 BATCH = """rollout load_base_points quadratic_features critic_init critic critic_loss descend fit_quadratic fit_critic
     train"""
 SHARED = [  # names of definitions, and the files in which they stand word for word
     (EVERYWHERE, tuple(FILES)),
-    (ONLINE, tuple(ALGORITHMS)),
+    ("evaluate", tuple(name for name in FILES if name != "svg")),  # which knows no values
+    (BUFFER, (*ALGORITHMS, "svg")),
+    ("critic epoch train", tuple(ALGORITHMS)),
+    ("epoch", (*ALGORITHMS, "reinforce")),
     (BATCH, tuple(FITTED)),
-    ("make_env is_discrete scale_action project collect_base_points", ("fqi", "fqi_amortized", "soft_fqi")),
+    ("make_env is_discrete scale_action project", ("fqi", "fqi_amortized", "soft_fqi", "reinforce")),
+    ("collect_base_points", ("fqi", "fqi_amortized", "soft_fqi")),
+    ("act", ("fqi_amortized", "reinforce")),
     ("random_actions best maximize_gradient maximize_lbfgs maximize_cem maximize_grid", ("fqi", "fqi_amortized")),
     ("maximize_exhaustive maximize", ("fqi", "fqi_amortized")),
     ("make_env scale_action actor", ("nfqca", "td3")),
@@ -382,6 +400,7 @@ SHARED = [  # names of definitions, and the files in which they stand word for w
     ("OptState actor update_actor update_targets", ("ddpg", "td3")),
     ("State twin_critics greedy_value collect", ("td3", "sac_value", "sac")),
     ("policy sample actor steps_per_iteration check iteration", ("sac_value", "sac")),
+    ("steps_per_iteration collect", ("sac", "svg")),
 ]
 
 

@@ -1,6 +1,8 @@
 """Distributions against SciPy, TFP and finite differences; estimators against closed forms and the published table."""
 
 import csv
+import shutil
+import subprocess
 import sys
 
 import jax
@@ -280,6 +282,23 @@ def test_vmaps_over_theta():
 
 
 # The demonstration
+
+
+def test_the_file_alone_estimates_in_an_empty_folder(tmp_path):
+    shutil.copy(ge.__file__, tmp_path)
+    program = """
+import sys
+sys.modules["algorithms"] = sys.modules["common"] = None  # an import of either fails, installed or not
+sys.path.insert(0, ".")
+import jax, gradient_estimators as ge
+estimates = jax.jit(ge.train)(ge.Config(num_trials=10), jax.random.key(0))
+assert [x.shape for x in estimates] == [(10,)] * 3
+print(ge.__file__)
+"""
+    command = [sys.executable, "-I", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "gradient_estimators.py")
 
 
 def demonstrate(monkeypatch, capsys, *flags):

@@ -13,13 +13,22 @@ import pytest
 from cases import SMALL, quick_jit, replace
 from jax import lax, random
 
-from algorithms import ddpg, sac, sac_value, td3
+from algorithms import ddpg, sac, sac_value, svg, td3
 from common import cli
 
 CAPACITY = 4 * 2027  # more than any other array of the programs has elements
 WIDTH = 2 * 3 + 1 + 2  # a transition of Pendulum-v1
 SIZES = SMALL | {"buffer_size": CAPACITY}
 CONFIG = td3.Config(**SIZES)
+SVG = {name: value for name, value in SIZES.items() if hasattr(svg.Config, name)}
+SVG |= {
+    "model": "learned",
+    "num_rollouts": 4,
+    "horizon": 5,
+    "num_iterations": 4,
+    "iterations_per_epoch": 2,
+    "model_steps": 2,
+}
 every_algorithm = pytest.mark.parametrize(
     ("module", "config"),
     [
@@ -27,8 +36,10 @@ every_algorithm = pytest.mark.parametrize(
         (td3, CONFIG),
         (sac_value, sac_value.Config(**SIZES)),
         (sac, sac.Config(**SIZES)),
+        (svg, svg.Config(**SVG)),
+        (svg, svg.Config(**SVG, noise="inferred")),
     ],
-    ids=["ddpg", "td3", "sac_value", "sac"],
+    ids=["ddpg", "td3", "sac_value", "sac", "svg", "svg-inferred"],
 )
 
 # Opcodes that make no array of their own (what a fusion or a loop does is looked at inside), and those that write in
