@@ -8,8 +8,8 @@ network's that is fitted to what has been seen.
     repeat for num_iterations iterations:
         with a learned model: act in num_envs environments, store (s, a, r, s', terminated) in R, and make model_steps
             Adam steps on batches from R, descending mean of -log N(s', r; mu(s, a), sigma(s, a)^2)
-        draw N first states and noises e_0, o_0, ..., e_{T-1}, o_{T-1}; or infer the o of a learned model, which are
-            o_t = (s'_t - mu(s_t, a_t)) / sigma(s_t, a_t) for N stretches of T steps in R
+        draw N first states, of episodes or with a learned model from R, and noises e_0, o_0, ..., e_{T-1}, o_{T-1};
+            or infer o_t = (s'_t - mu(s_t, a_t)) / sigma(s_t, a_t) of a learned model from N stretches of T steps in R
         for each: J = sum_t gamma^t r(s_t, a_t) with a_t and s_{t+1} as above
         dJ/dw, by backpropagation (autodiff), or forward in time (manual), from ds_0/dw = 0, dJ/dw = 0:
             da_t/dw     = da/ds ds_t/dw + da/dw
@@ -26,6 +26,9 @@ Departures, each for a reason:
 - The bounds of actions are kept by tanh, which has a derivative everywhere; a clip would have none beyond them.
 - The policy's noise is never inferred: the stored actions are older policies', whose returns are not to be ascended.
 - Adam in place of plain ascent, whose step would have to follow the size of the rewards.
+
+What to look out for: where the reward is a step, as at the goals of MountainCarContinuous and PointRobot, its
+derivative is zero on either side, and nothing leads there.
 """
 
 import dataclasses
@@ -48,11 +51,11 @@ class Config:
     """Hyperparameters. Static fields shape the program; the others are leaves, free to be traced and vmapped."""
 
     env: str = jax.tree.static(default="Pendulum-v1")  # a registered gymnax environment with a Box of actions
-    gradient: Literal["autodiff", "manual"] = jax.tree.static(default="autodiff")  # backward or forward in time
+    gradient: Literal["autodiff", "manual"] = jax.tree.static(default="autodiff")  # manual: for small networks
     model: Literal["true", "learned"] = jax.tree.static(default="true")  # the environment's dynamics, or a network
     noise: Literal["sampled", "inferred"] = jax.tree.static(default="sampled")  # of a learned model
     reward: Literal["true", "learned"] = jax.tree.static(default="learned")  # of a learned model
-    remat: bool = jax.tree.static(default=False)  # recompute steps going backward: less memory, more time
+    remat: bool = jax.tree.static(default=False)  # recompute steps going backward, for less memory
     num_iterations: int = jax.tree.static(default=1_600)  # updates of the policy
     iterations_per_epoch: int = jax.tree.static(default=160)  # updates of the policy between two evaluations
     num_rollouts: int = jax.tree.static(default=128)  # rollouts of an update
@@ -142,7 +145,7 @@ class Metrics(NamedTuple):
     model_loss: jax.Array  # [], nats, -log-likelihood of a transition in the model's units, mean over the epoch
     objective: jax.Array  # [], discounted return of the rollouts, mean over the epoch
     grad_norm: jax.Array  # [], of the objective's gradient before it is clipped, mean over the epoch
-    clipped: jax.Array  # [], fraction of the epoch's gradients that were too long, or not finite and left out
+    clipped: jax.Array  # [], fraction of the epoch's gradients that were too long or not finite
 
 
 # Environment
@@ -246,7 +249,7 @@ def true_start(config, key):
 def true_model(config, state, action, key):
     """The environment's step, with no reset at its end: `(next_state [n], reward, terminated)`."""
     env, env_params, *_ = make_env(config)
-    _, env_state = true_start(config, key)[1](state)
+    _, env_state = true_start(config, key)[1](state)  # of which the shapes are needed, no more is computed
     action = scale_action(config, action)
     obs, env_state, reward, terminated, _ = env.with_transition_gradients().step_env(key, env_state, action, env_params)
     return ravel_pytree((obs, env_state))[0], reward, terminated
@@ -433,17 +436,14 @@ def check(config):
     env, *_ = make_env(config)
     stored = min(config.learning_starts, config.buffer_size)
     multiple = f"a multiple of num_envs={config.num_envs}"
+    epochs = f"a multiple of iterations_per_epoch={config.iterations_per_epoch}"
     recent = f"at most {stored // config.num_envs}, the steps of an environment that the warm-up stores"
     differentiable = "an environment with transition gradients, or its model learned with model=learned"
     learned, inferred = config.model == "learned", config.noise == "inferred"
     rules = [
         ("env", learned or env.supports_transition_gradients, differentiable),
         ("noise", learned or not inferred, "sampled where model=true"),
-        (
-            "num_iterations",
-            config.num_iterations % config.iterations_per_epoch == 0,
-            "a multiple of iterations_per_epoch",
-        ),
+        ("num_iterations", config.num_iterations % config.iterations_per_epoch == 0, epochs),
         ("learning_starts", not learned or config.learning_starts % config.num_envs == 0, multiple),
         ("buffer_size", not learned or config.buffer_size % config.num_envs == 0, multiple),
         ("batch_size", not learned or config.batch_size <= stored, f"at most {stored}, what the warm-up stores"),
@@ -506,7 +506,7 @@ def update_actor(config, params, opt_state, starts, noises):
     """One Adam step of the policy along the clipped gradient: `(params, opt_state, (objective, norm, clipped))`."""
     value, grads = policy_gradient(config, params, starts, noises)
     norm = optax.global_norm(grads)
-    # a gradient that is not finite says nothing: it is counted and left out
+    # a gradient that is not finite says nothing: it is counted, and zero takes its place
     scale = jnp.where(jnp.isfinite(norm), jnp.minimum(1, config.max_grad_norm / norm), 0)
     descent = jax.tree.map(lambda x: jnp.where(jnp.isfinite(norm), -scale * x, 0), grads)
     updates, adam = optax.adam(config.learning_rate).update(descent, opt_state.actor)

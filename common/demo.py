@@ -45,8 +45,7 @@ def main(config_class, train, true_derivative, summarize):
             plot.save(violins(config, estimates, truth), folder / "estimates.png")
     except OSError as error:
         cli.fail(f"--out {options.out}: cannot write there: {error}")
-    formula = FORMULAS.get(config.function, config.function)
-    print(f"d/dθ E[{formula}] = {truth:.6f} at θ = {config.theta:g}, x ~ N(θ, 1)")
+    print(f"f = {config.function}, x ~ N(theta, 1), theta = {config.theta:g}: dE[f]/dtheta = {truth:.6f}")
     print(f"{config.num_trials:,} estimates, each from {config.batch_size:,} samples\n")
     print(f"{'':17}{'mean':>11}{'bias':>11}{'variance':>11}{'MSE':>11}")
     for name, values in zip(estimates._fields, estimates, strict=True):

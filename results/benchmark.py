@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 5
-ALGORITHMS = ("ddpg", "td3", "sac_value", "sac")
+ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "svg")
 SINGLE_CORE = ["taskset", "--cpu-list", "0"]
 
 
@@ -36,7 +36,11 @@ def load(name, **fields):
     module = importlib.import_module(f"algorithms.{name}")
     num_seeds = fields.pop("num_seeds", 1)
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    config = module.Config(**{"steps_per_epoch": 2000, "total_steps": 2_001_000} | fields)
+    epochs = {"steps_per_epoch": 2000, "total_steps": 2_001_000}
+    if name == "svg":
+        fields = {"model": "learned", "num_rollouts": 64} | fields
+        epochs = {"iterations_per_epoch": 200, "num_iterations": 200_000}
+    config = module.Config(**epochs | fields)
     run.set_up_backend(num_seeds, run.largest_product(config))
     return module, config
 
@@ -96,10 +100,36 @@ def worker_floor(name, fields):
     return timed_rates([epoch, lambda: jax.block_until_ready(updates(carry))], config.steps_per_epoch)
 
 
+def worker_svg_floor(fields):
+    """The same of SVG with a learned model: an update is one of the policy, with those of the model before it."""
+    import jax
+    import jax.numpy as jnp
+
+    from common import run
+
+    module, config = load("svg", **fields)
+    epoch = prepare(module, config)
+    state = jax.jit(module.init)(config, jax.random.key(0))
+    shape = config.model_steps, config.batch_size
+    batches = module.buffer_sample(state.buffer, jax.random.key(1), shape, len(module.make_env(config)[2]))
+    starts, noises = module.draw(config, state.params.model, state.buffer, jax.random.key(2))
+
+    def update(carry, _):
+        fit = lambda carry, batch: (module.update_model(config, *carry, batch)[:2], None)
+        carry = jax.lax.scan(fit, carry, batches)[0]
+        return module.update_actor(config, *carry, starts, noises)[:2], None
+
+    updates = lambda carry: jax.lax.scan(update, carry, length=config.iterations_per_epoch)[0]
+    carry = jax.tree.map(jnp.copy, (state.params, state.opt_state))
+    updates = jax.jit(updates, compiler_options=run.cpu_compiler_options())
+    return timed_rates([epoch, lambda: jax.block_until_ready(updates(carry))], config.iterations_per_epoch)
+
+
 def worker_buffer(name, num_seeds):
     """[updates/s with a buffer of 10,000, with one of 1,000,000]."""
     loaded = [load(name, buffer_size=size, num_seeds=num_seeds) for size in (10_000, 1_000_000)]
-    return timed_rates([prepare(*pair, num_seeds) for pair in loaded], 2000 * num_seeds)
+    work = 200 if name == "svg" else 2000
+    return timed_rates([prepare(*pair, num_seeds) for pair in loaded], work * num_seeds)
 
 
 def worker_rate(name, fields, num_seeds=1):
@@ -155,7 +185,11 @@ def measure(rejax, rounds):
     """Yield the rows `(algorithm, what, value, comparison)` of the table."""
     for name in ALGORITHMS:
         for hidden in (64, 256):
-            whole, floor = work("floor", name, {"hidden_sizes": [hidden, hidden], "steps_per_epoch": 1000})
+            sizes = {"hidden_sizes": [hidden, hidden]}
+            if name == "svg":
+                whole, floor = work("svg_floor", sizes)
+            else:
+                whole, floor = work("floor", name, sizes | {"steps_per_epoch": 1000})
             text = f"{whole / floor:.2f} of the update-only floor, {floor:,.0f}"
             yield name, f"one seed, {hidden} x {hidden}", f"{whole:,.0f} updates/s", text
         for num_seeds in (1, 8):
@@ -211,7 +245,8 @@ def main():
         return
     options = "--rejax ENV/bin/python " if arguments.rejax else ""
     lines = [
-        "Pendulum-v1, the default configurations but for what is named; one update for each environment step.",
+        "Pendulum-v1, the default configurations but for what is named; one update for each environment step. svg: a",
+        "learned model: one update of the policy, from 64 rollouts, with 8 of the model, for 20 environment steps.",
         f"`python results/benchmark.py {options}--rounds {arguments.rounds}`",
         f"on {machine()}.",
         "",

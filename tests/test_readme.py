@@ -7,12 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from algorithms import ddpg, fqi, fqi_amortized, nfqca, sac, sac_value, soft_fqi, td3
-from common import cli, play
+from algorithms import (
+    ddpg,
+    fqi,
+    fqi_amortized,
+    gradient_estimators,
+    nfqca,
+    reinforce,
+    sac,
+    sac_value,
+    soft_fqi,
+    svg,
+    td3,
+)
+from common import cli, demo, play
 
 ROOT = Path(td3.__file__).parent.parent
-ALGORITHMS = (fqi, fqi_amortized, nfqca, soft_fqi, ddpg, td3, sac_value, sac)
-CLASSES = (*(module.Config for module in ALGORITHMS), cli.Options, play.Play)
+ALGORITHMS = (fqi, fqi_amortized, nfqca, soft_fqi, ddpg, td3, sac_value, sac, gradient_estimators, reinforce, svg)
+CLASSES = (*(module.Config for module in ALGORITHMS), cli.Options, demo.Options, play.Play)
 TEXT = (ROOT / "README.md").read_text()
 
 
@@ -42,7 +54,7 @@ def test_commands_and_links_name_what_exists(capsys):
         assert (ROOT / link).exists(), link
     flags = {f"--{name.replace('_', '-')}" for c in CLASSES for name in c.__annotations__}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
-    assert named - flags - {"--help", "--rejax", "--rounds", "--num-states", "--repeats"} == set()
+    assert named - flags - {"--help", "--rejax", "--rounds", "--num-states", "--num-samples", "--repeats"} == set()
 
 
 @pytest.mark.parametrize("table", sorted(path.name for path in (ROOT / "results").glob("*.md")))
