@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algorithms import fqi, fqi_amortized, nfqca, td3
+from algorithms import fqi, fqi_amortized, nfqca, reinforce, svg, td3
 from common import checkpoint, cli, milp, plot, record, run
 
 SCRIPT = Path(td3.__file__)
@@ -369,8 +369,8 @@ FITTED = {
 }
 
 
-def run_fitted(monkeypatch, out, *flags, module=fqi):
-    monkeypatch.setattr(sys, "argv", ["fqi.py", *(f"--{k}={v}" for k, v in FITTED.items()), "--out", str(out), *flags])
+def run_fitted(monkeypatch, out, *flags, module=fqi, sizes=FITTED):
+    monkeypatch.setattr(sys, "argv", ["fqi.py", *(f"--{k}={v}" for k, v in sizes.items()), "--out", str(out), *flags])
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(SystemExit) as end:
         run.main(module.Config, module.init, module.epoch)
@@ -403,6 +403,30 @@ def test_fitted_q_counts_iterations_and_resumes(monkeypatch, capsys, tmp_path):
     assert progress.tolist() == [1, 2, 3, 4]
     assert returns.shape == (1, 4)
     assert plot.curve(group).axes[0].get_xlabel() == "iterations"
+
+
+REINFORCE = {"total-steps": 128, "steps-per-epoch": 64, "num-envs": 4, "num-steps": 8, "batch-size": 16}
+SVG = {"num-iterations": 4, "iterations-per-epoch": 2, "num-rollouts": 4, "horizon": 5}
+LEARNED = SVG | {"model": "learned", "learning-starts": 80, "batch-size": 16, "buffer-size": 100}
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes", "progress"),
+    [(reinforce, REINFORCE, [64, 128]), (svg, SVG, [2, 4]), (svg, LEARNED, [2, 4])],
+    ids=["reinforce", "svg-true", "svg-learned"],
+)
+def test_policy_gradients_run_on_the_command_line(monkeypatch, tmp_path, module, sizes, progress):
+    """Two seeds on two devices; the second is bitwise the run of that seed alone; the policy is read again."""
+    sizes = sizes | {"num-eval-episodes": 2}
+    assert run_fitted(monkeypatch, tmp_path, "--num-seeds", "2", "--no-plot", module=module, sizes=sizes) == 0
+    assert run_fitted(monkeypatch, tmp_path / "alone", "--seed", "1", module=module, sizes=sizes) == 0
+    (group,) = (tmp_path / Path(module.__file__).stem).glob("*/*")
+    (alone,) = (tmp_path / "alone" / Path(module.__file__).stem).glob("*/*")
+    assert contents(group / "seed_1") == contents(alone / "seed_1")
+    assert record.progress(record.read_metrics(group / "seed_1")).tolist() == progress
+    loaded, config, params = record.load_policy(group / "seed_1")
+    obs = jnp.zeros(params.actor[0][0][0].shape[0] if module is reinforce else 3)
+    assert np.isfinite(loaded.act(config, params, obs)).all()
 
 
 def test_a_policy_without_a_solver_runs(monkeypatch, tmp_path):
