@@ -1,64 +1,102 @@
-"""Checkpoints by Orbax: the states of all seeds of a command and their metrics so far, seed by seed.
+"""Checkpoints by Orbax: the states of the runs in progress, written by all processes together.
 
-Nothing in a checkpoint depends on how many devices the seeds were on, so a run may resume on another number of them.
+A checkpoint may be read on another number of devices or processes than wrote it.
 """
 
 import logging
+import math
 import shutil
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from common import devices
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-def open_folder(group, seeds):
-    """Orbax's manager of the checkpoints of `seeds`; it makes its folder when it first saves."""
-    folder = (group / f"checkpoint_{seeds[0]}_{seeds[-1]}").resolve()
+class Position(NamedTuple):
+    """How far a command has come: of runs `first` to `last - 1`, `done`; saved in arrays of `at_once` runs, if any."""
+
+    first: int
+    last: int
+    done: int
+    at_once: int = 0
+
+
+def open_folder(path):
+    """Orbax's manager of the checkpoints in `path`; it makes the folder when it first saves."""
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(folder, options=options)
+    return ocp.CheckpointManager(path.resolve(), options=options)
 
 
-def save(manager, done, waves, rows):
-    """Save the stacked states `waves` and the metrics rows of each seed; return `{seed: state}` on the host."""
-    states = dict(zip(rows, (state for wave in waves for state in split(wave)), strict=False))  # a last wave is padded
-    leaves = {str(seed): [np.asarray(x) for x in jax.tree.leaves(state)] for seed, state in states.items()}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), rows=ocp.args.JsonSave([*rows.values()]))
-    if done != manager.latest_step():
-        manager.save(done, args=args)
-    return states
+def save(manager, step, position, programs, slots, states):
+    """Save the states of `slots` as checkpoint `step`, a number that grows: for each wave, arrays over all devices."""
+    if step == manager.latest_step():
+        return
+    used, per_device = programs.devices, programs.per_device
+    sharding = NamedSharding(Mesh(np.array(used), ("run",)), PartitionSpec("run"))
+    held = {(slot.wave, slot.device): jax.tree.leaves(data(state)) for slot, state in zip(slots, states, strict=True)}
+    like = jax.tree.leaves(jax.eval_shape(data, out_info(programs)))
+    waves = {}
+    for wave in range(math.ceil((position.last - position.first) / (per_device * len(used)))):
+        shards = []
+        for device in programs.epoch:
+            empty = (
+                [jax.device_put(np.zeros(x.shape, x.dtype), device) for x in like] if (wave, device) not in held else 0
+            )
+            shards.append(held.get((wave, device), empty))
+        leaves = [
+            jax.make_array_from_single_device_arrays((per_device * len(used), *x.shape[1:]), sharding, list(parts))
+            for x, *parts in zip(like, *shards, strict=True)
+        ]
+        waves[f"wave_{wave}"] = ocp.args.PyTreeSave(leaves)
+    position = ocp.args.JsonSave(position._replace(at_once=per_device * len(used))._asdict())
+    manager.save(step, args=ocp.args.Composite(position=position, **waves))
 
 
-def restore(manager, programs, seeds):
-    """`({seed: rows}, waves)` of the latest checkpoint, on the devices that `programs` were compiled for."""
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(), rows=ocp.args.JsonRestore())
-    saved = manager.restore(manager.latest_step(), args=args)
-    info = jax.tree.leaves(programs.init.out_info)
-    waves = []
-    for wave in in_waves(seeds, programs.wave_size):
-        states = [saved.state[str(seed)] for seed in wave]
-        leaves = [to_device(np.stack(x), like, programs.sharding) for like, *x in zip(info, *states, strict=True)]
-        waves.append(jax.tree.unflatten(jax.tree.structure(programs.init.out_info), leaves))
-    return dict(zip(seeds, saved.rows, strict=True)), waves
+def latest(manager):
+    """The `Position` of the latest checkpoint; None without one."""
+    if manager.latest_step() is None:
+        return None
+    args = ocp.args.Composite(position=ocp.args.JsonRestore())
+    return Position(**manager.restore(manager.latest_step(), args=args).position)
 
 
-def in_waves(seeds, wave_size):
-    """The seeds in lists of `wave_size`; the last one is filled up with copies of the last seed."""
-    filled = seeds + [seeds[-1]] * (-len(seeds) % wave_size)
-    return [filled[i : i + wave_size] for i in range(0, len(filled), wave_size)]
+def restore(manager, position, programs, slots):
+    """The states of `slots` in the latest checkpoint, each on its device."""
+    like, structure = jax.tree.flatten(out_info(programs))
+    wanted = {i for slot in slots for i in slot.places}
+    as_numpy = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(like)
+    states = {}
+    for wave, first in enumerate(range(0, position.last - position.first, position.at_once)):
+        args = ocp.args.PyTreeRestore(item=as_numpy, restore_args=as_numpy)
+        saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(**{f"wave_{wave}": args}))[
+            f"wave_{wave}"
+        ]
+        for i in wanted & set(range(first, first + position.at_once)):
+            states[i] = [x[i - first] for x in saved]
+    restored = []
+    for slot in slots:
+        filled = slot.places + slot.places[-1:] * (programs.per_device - len(slot.places))
+        leaves = [np.stack(x) for x in zip(*(states[i] for i in filled), strict=True)]
+        leaves = [jax.device_put(x, slot.device) for x in leaves]
+        keys = [jax.random.wrap_key_data(x) if is_key(one) else x for x, one in zip(leaves, like, strict=True)]
+        restored.append(jax.tree.unflatten(structure, keys))
+    return restored
 
 
-def split(wave):
-    """The states of a wave's seeds as NumPy arrays, random keys as their data; on a CPU they are views, not copies."""
-    wave = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, wave)
-    leaves = [[row for shard in x.addressable_shards for row in np.asarray(shard.data)] for x in jax.tree.leaves(wave)]
-    return [jax.tree.unflatten(jax.tree.structure(wave), state) for state in zip(*leaves, strict=True)]
+def out_info(programs):
+    """Shapes of the state of a slot."""
+    return next(iter(programs.init.values())).out_info
 
 
-def to_device(array, like, sharding):
-    """An array as it was before `split`."""
-    return jax.device_put(jax.random.wrap_key_data(array) if is_key(like) else array, sharding)
+def data(tree):
+    """Random keys as their data; all else as it is."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
 
 def is_key(x):
@@ -67,6 +105,7 @@ def is_key(x):
 
 
 def delete(manager):
-    """Remove all checkpoints: the run is complete."""
+    """Remove all checkpoints: the command is complete."""
     manager.close()
-    shutil.rmtree(manager.directory, ignore_errors=True)
+    if devices.is_first():
+        shutil.rmtree(manager.directory, ignore_errors=True)

@@ -30,10 +30,15 @@ class Options:
 
     seed: int = 0  # the first seed, 0 or more
     num_seeds: int = 1  # seeds run side by side; seed i is bitwise the run of that seed alone
+    sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FIELD=VALUE,VALUE,... may be repeated: runs the whole grid
     name: str = "default"  # folder of this run, inside <out>/<algorithm>/<env>/
     out: Path = Path("results/runs")  # folder of all results
     resume: bool = False  # continue a killed or interrupted run of the same command
     no_plot: bool = False  # draw no curve.png
+    distributed: bool = False  # one of several processes that share the runs, found as Slurm or the like tells JAX
+    coordinator_address: str = ""  # host:port of process 0, where JAX does not detect it
+    num_processes: int = 0  # where JAX does not detect it
+    process_id: int = -1  # of this process, from 0, where JAX does not detect it
 
 
 def fail(message) -> NoReturn:
@@ -73,8 +78,22 @@ def parse_run(config_class, script):
         fail(f"--seed {options.seed}: must be from 0 to {INT_MAX - options.num_seeds}")
     if not re.fullmatch(r"\w[\w.+=-]*", options.name):
         fail(f"--name {options.name!r}: must be a plain folder name of letters, digits and . _ + = -")
+    check_distributed(options)
     register_env(config.env)
     return config, options
+
+
+def check_distributed(options):
+    """Fail on flags of `--distributed` that make no sense together."""
+    address, number, index = options.coordinator_address, options.num_processes, options.process_id
+    if not options.distributed and (address, number, index) != ("", 0, -1):
+        fail("--coordinator-address, --num-processes and --process-id go with --distributed")
+    if address and not re.fullmatch(r"\S+:\d+", address):
+        fail(f"--coordinator-address {address}: must be host:port")
+    if number < 0:
+        fail(f"--num-processes {number}: must be 1 or more")
+    if index < -1 or (number and index >= number):
+        fail(f"--process-id {index}: must be from 0 to {number - 1}, with --num-processes {number}")
 
 
 def check_value(name, value):
@@ -129,7 +148,7 @@ def has_box_actions(name):
     return hasattr(space, "low") and bool(np.isfinite(space.low).all() and np.isfinite(space.high).all())
 
 
-def check_shapes(config, init, num_seeds):
+def check_shapes(config, init):
     """Trace `init`, which knows which sizes go together, and fail on what it refuses or what memory cannot hold."""
     try:
         state = jax.eval_shape(init, config, jax.random.key(0))
@@ -137,9 +156,9 @@ def check_shapes(config, init, num_seeds):
         named = re.match(r"(\w+)=(\S+): (.*)", str(error), re.DOTALL)
         others = f"; some that fit: {', '.join(CONTINUOUS_ENVS)}" if named and named[1] == "env" else ""
         fail(f"--{named[1].replace('_', '-')} {named[2]}: {named[3]}{others}" if named else error)
-    needed = num_seeds * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     if "SC_PHYS_PAGES" in os.sysconf_names and jax.default_backend() == "cpu":
         present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > present:
             flag = f"--buffer-size {config.buffer_size}: " if hasattr(config, "buffer_size") else ""
-            fail(f"{flag}{num_seeds} seeds need {needed / 2**30:.1f} GiB; this machine has {present / 2**30:.1f} GiB")
+            fail(f"{flag}a seed needs {needed / 2**30:.1f} GiB; this machine has {present / 2**30:.1f} GiB")

@@ -5,6 +5,8 @@
     <out>/<algorithm>/<env>/<name>/seed_<s>/policy.npz     every learned array, named by its place in `State.params`
     <out>/<algorithm>/<env>/<name>/curve.png               all seeds of the folder
 
+    A sweep leaves such a folder for each of its cells, and its own beside them: see `common/sweep.py`.
+
 Every file is replaced in one step, so a reader finds it whole or absent.
 """
 
@@ -59,7 +61,7 @@ def write_atomic(path, data):
 
 def remove_leftovers(folder):
     """Delete the temporary files of a process that was killed while it wrote."""
-    for name in ("config.json", "metrics.csv", "policy.npz", "curve.png"):
+    for name in ("config.json", "metrics.csv", "policy.npz", "curve.png", "sweep.csv", "sweep.png"):
         for path in Path(folder).glob(f".{name}.*"):
             path.unlink(missing_ok=True)
 
@@ -134,6 +136,20 @@ def read_metrics(folder):
     with open(Path(folder) / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+def read_rows(folder, num):
+    """The first `num` rows of `metrics.csv`, to be written again as they are."""
+    if not num:
+        return []
+    try:
+        with open(Path(folder) / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))[:num]
+    except OSError as error:
+        fail(f"--resume: {folder}: {error}")
+    if len(rows) < num:
+        fail(f"--resume: {folder}/metrics.csv has {len(rows)} rows, its checkpoint was written after {num}")
+    return rows
 
 
 def progress(columns):

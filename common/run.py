@@ -1,27 +1,29 @@
-"""Runner: trains the seeds of one command on all local devices, shows progress, saves, resumes.
+"""Runner: trains the runs of one command on all devices, shows progress, saves, resumes.
 
-`init` and `epoch` are compiled once each, with the state donated, and placed by `jax.shard_map` over a mesh axis
-`seed`. A call of the compiled program advances one wave of seeds by one epoch: on a CPU one seed on each device (a
-device a core), wave after wave, so that the program, and with it every bit of a seed, is the same whatever the number
-of seeds; on a GPU all seeds in one wave, those of a device vmapped.
+A run is one seed of one configuration. `init` and `epoch` are compiled with the state donated, as programs of one
+device, and called on every device: on a CPU one run at a time on each device (a device a core), on a GPU all its runs,
+vmapped. One program over all devices would be another one for XLA than that of one device, and round differently; so
+every bit of a run on a CPU is the same whatever the number of runs and devices. Where memory cannot hold all runs, they
+are trained in rounds, one after the other.
 
-Memory: the replay buffers take `num_seeds * buffer_size * 4 * (2 * obs_dim + action_dim + 2)` bytes, updated in place.
-Everything else, the interpreter included, stays under 1 GiB, but while Orbax writes a checkpoint it holds one copy of
-the buffers more.
+Each process writes the runs that its devices hold, the first one all that the runs share.
+
+Memory: the replay buffers take `buffer_size * 4 * (2 * obs_dim + action_dim + 2)` bytes for each run, updated in
+place. Everything else, the interpreter included, stays under 1 GiB, but while Orbax writes a checkpoint it holds one
+copy of the buffers more.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import inspect
-import itertools
 import math
-import os
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,63 +32,49 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
-from jax.extend.backend import clear_backends
-from jax.sharding import PartitionSpec
 
-from common import checkpoint, cli, plot, record
+from common import checkpoint, cli, devices, plot, record, sweep
 
-CHECKPOINT_SHARE = 0.05  # of the running time, at most, goes into checkpoints
-LARGE_PRODUCT = 2_500_000  # multiply-adds; XLA:CPU shares a matrix product of more than about these among threads
+CHECKPOINT_SHARE = 0.05  # of the running time, at most, goes into saving
+
+
+class Run(NamedTuple):
+    """One seed of one configuration, and the folder that it shares with the configuration's other seeds."""
+
+    config: object
+    seed: int
+    group: Path
 
 
 def main(config_class, init, epoch):
-    """Command line of an algorithm file: exit code 0; 1 if a seed diverged; 2 for a mistake; 130 when interrupted."""
+    """Command line of an algorithm file.
+
+    Its exit code is 0, or 1 if a seed diverged, 2 for a mistake, 3 if another process was lost, 130 if interrupted.
+    """
     script = inspect.getsourcefile(init)
     config, options = cli.parse_run(config_class, Path(sys.argv[0]).name)
-    set_up_backend(options.num_seeds, largest_product(config))
+    grid = sweep.parse(config, options.sweep)
+    cells = sweep.cells(config, grid)
+    if options.distributed:
+        devices.connect(options)
+    devices.set_up_backend(len(cells) * options.num_seeds, devices.largest_product(config))
     if getattr(config, "base_points", "") and not Path(config.base_points).exists():
         write_base_points(config, init, options.seed)
-    cli.check_shapes(config, init, options.num_seeds)
+    cli.check_shapes(config, init)
     group = record.group_folder(options.out, Path(script).stem, config.env, options.name)
-    seeds = list(range(options.seed, options.seed + options.num_seeds))
-    claim(group, script, config, seeds, options.resume)
+    seeds = range(options.seed, options.seed + options.num_seeds)
+    runs = [Run(cell.config, seed, group.with_name(group.name + cell.suffix)) for cell in cells for seed in seeds]
+    home = group.with_name(f"{group.name}-sweep") if grid else group
+    claim(home, script, runs, grid, options)
     try:
-        raise SystemExit(run(config, init, epoch, seeds, group, options))
-    except jax.errors.JaxRuntimeError as error:
+        raise SystemExit(train(init, epoch, runs, home, grid, options))
+    except Exception as error:
+        if jax.process_count() > 1:
+            devices.leave(error)
         late = re.search(r"TimeoutError: (.*)", str(error))  # of a solver that the program calls
         if not late:
             raise
         cli.fail(f"--maximizer {config.maximizer}: {late[1]}")
-
-
-def set_up_backend(num_seeds=1, largest_product=0):
-    """A CPU device for each core or seed, and the compilation cache; an environment that says otherwise wins.
-
-    `largest_product` counts the multiply-adds of the largest matrix product of the program.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    given = os.environ.get("XLA_FLAGS", "") + " ".join(os.environ)
-    if "NPROC" not in os.environ:
-        # XLA keeps NPROC threads, or one for each device if they are more. Those that have no seed of their own take
-        # small operations from those that have, and passing them on costs up to a third of the speed. Large products
-        # gain from threads, but one thread sums in another order than several do: the choice between one and several
-        # must not depend on the number of seeds.
-        os.environ["NPROC"] = str(max(2, cores)) if largest_product > LARGE_PRODUCT else "1"
-        clear_backends()  # importing gymnax makes arrays, and with them a backend
-    if "xla_force_host_platform_device_count" not in given and "JAX_NUM_CPU_DEVICES" not in given:
-        clear_backends()
-        jax.config.update("jax_num_cpu_devices", min(cores, num_seeds))
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amortax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def largest_product(config):
-    """Multiply-adds of a batch, or of what the policy learns from at once, between two hidden layers, at most."""
-    sizes = config.hidden_sizes
-    rows = max(config.batch_size, config.num_envs * getattr(config, "num_steps", 1), getattr(config, "num_rollouts", 1))
-    return rows * max([n * m for n, m in itertools.pairwise(sizes)], default=0)
 
 
 def write_base_points(config, init, seed):
@@ -95,7 +83,7 @@ def write_base_points(config, init, seed):
     if path.suffix != ".npz":
         cli.fail(f"--base-points {path}: must be a file that ends in .npz")
     collecting = dataclasses.replace(config, base_points="")
-    cli.check_shapes(collecting, init, 1)
+    cli.check_shapes(collecting, init)
     base_points = jax.jit(init)(collecting, jax.random.key(seed)).base_points
     try:
         record.write_arrays(path, base_points._asdict())
@@ -104,30 +92,44 @@ def write_base_points(config, init, seed):
     print(f"{path}: {len(base_points.reward):,} base points of seed {seed}")
 
 
-def claim(group, script, config, seeds, resume):
-    """Write each seed's `config.json`; fail with nothing written where there is another run, or none to resume."""
-    for path in group.glob("checkpoint_*_*"):
-        first, last = map(int, path.name.split("_")[1:])
-        if first <= seeds[-1] and seeds[0] <= last and not (resume and [first, last] == [seeds[0], seeds[-1]]):
-            again = f"--seed {first} --num-seeds {last - first + 1} --resume"
-            cli.fail(f"--name {group.name}: {group} holds an unfinished run; {again} goes on with it")
-    descriptions = {seed: record.describe(script, config, seed) for seed in seeds}
-    for seed, description in descriptions.items():
-        folder = record.seed_folder(group, seed)
-        if resume and not (folder / "config.json").exists():
-            cli.fail(f"--resume: nothing to resume in {folder}")
-        if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
-            changes = record.differences(record.read_config(folder), description)
-            if changes and resume:
-                cli.fail(f"--resume: {folder} was run differently: {'; '.join(changes)}")
+def claim(home, script, runs, grid, options):
+    """Write each run's `config.json`; fail with nothing written where there is another run, or none to resume."""
+    first, last = runs[0].seed, runs[-1].seed
+    for path in home.glob("checkpoint_*_*"):
+        start, end = map(int, path.name.split("_")[1:])
+        if start <= last and first <= end and not (options.resume and [start, end] == [first, last]):
+            again = f"--seed {start} --num-seeds {end - start + 1} --resume"
+            cli.fail(f"--name {options.name}: {home} holds an unfinished run; {again} goes on with it")
+    descriptions = {folder(run): record.describe(script, run.config, run.seed) for run in runs}
+    for path, description in descriptions.items():
+        if options.resume and not (path / "config.json").exists():
+            cli.fail(f"--resume: nothing to resume in {path}")
+        if path.exists() and any(file.name[0] != "." for file in path.iterdir()):
+            changes = record.differences(record.read_config(path), description)
+            if changes and options.resume:
+                cli.fail(f"--resume: {path} was run differently: {'; '.join(changes)}")
             if changes:
-                cli.fail(f"--name {group.name}: {folder} holds a different run ({'; '.join(changes)}); choose another")
+                cli.fail(f"--name {options.name}: {path} holds a different run ({'; '.join(changes)}); choose another")
+    if grid:
+        descriptions[home] = sweep.describe(descriptions[folder(runs[0])], grid, [first, last])
+        changes = record.differences(record.read_config(home), descriptions[home]) if home.exists() else []
+        if changes:
+            cli.fail(f"--name {options.name}: {home} holds a different sweep ({'; '.join(changes)}); choose another")
+    devices.synchronize("checked")
+    problem = ""
     try:
-        for seed, description in descriptions.items():
-            record.remove_leftovers(record.seed_folder(group, seed))
-            record.write_config(record.seed_folder(group, seed), description)
+        for path, description in descriptions.items() if devices.is_first() else ():
+            record.remove_leftovers(path)
+            record.write_config(path, description)
     except OSError as error:
-        cli.fail(f"--out {group.parents[2]}: cannot write there: {error}")
+        problem = str(error)
+    if any(devices.any_says(problem != "")):
+        cli.fail(f"--out {options.out}: cannot write there: {problem or 'process 0 says why'}")
+
+
+def folder(run):
+    """The folder of one run."""
+    return record.seed_folder(run.group, run.seed)
 
 
 class Work(NamedTuple):
@@ -147,123 +149,211 @@ def work(config):
 
 
 class Programs(NamedTuple):
-    """What was compiled, and for how many seeds at a time."""
+    """`init` and `epoch`, compiled for each device of this process that is among `devices`, those of all processes.
 
-    init: Callable
-    epoch: Callable
-    wave_size: int
-    sharding: jax.sharding.Sharding
-
-
-def compile_programs(config, init, epoch, num_seeds, per_device=None):
-    """Compile `init` and `epoch`; both take and give a leading axis `[wave_size]` of seeds.
-
-    `per_device` seeds of a wave share a device: by default one on a CPU, on a GPU as many as it takes for one wave.
-    `epoch` also gives `finite [wave_size]`: whether every learned parameter is.
+    Each device advances `per_device` runs at a time.
     """
-    devices = jax.local_devices()
+
+    init: dict
+    epoch: dict
+    devices: list
+    per_device: int
+
+
+class Slot(NamedTuple):
+    """Runs that a device advances by one call: their places among all runs, and, on the device, what they differ in."""
+
+    device: jax.Device
+    wave: int
+    places: list
+    configs: object
+    seeds: jax.Array
+
+
+def compile_programs(config, init, epoch, num_runs, per_device=None):
+    """Compile `init` and `epoch`; both take and give a leading axis `[per_device]` of runs, `config` included.
+
+    `init` takes configurations and seeds, `epoch` configurations and states; `epoch` also gives `finite [per_device]`:
+    whether every learned parameter is. By default `per_device` is one on a CPU, on a GPU as many as it takes for one
+    slot on each device.
+    """
+    cpu = jax.default_backend() == "cpu"
     if per_device is None:
-        per_device = 1 if devices[0].platform == "cpu" else math.ceil(num_seeds / len(devices))
-    devices = devices[: math.ceil(num_seeds / per_device)]
-    mesh = jax.make_mesh((len(devices),), ("seed",), (jax.sharding.AxisType.Auto,), devices=devices)
-    compiler_options = cpu_compiler_options() if devices[0].platform == "cpu" else None
-    over_seeds = PartitionSpec("seed")
+        per_device = 1 if cpu else math.ceil(num_runs / jax.device_count())
 
-    def place(function):
-        def on_device(config, x):
-            if per_device > 1:
-                return jax.vmap(function, in_axes=(None, 0))(config, x)
-            # reshapes, not slices: the donated buffer must not be copied
-            one = function(config, jax.tree.map(lambda a: a.reshape(a.shape[1:]), x))
-            return jax.tree.map(lambda a: a.reshape(1, *a.shape), one)
-
-        specs = {"in_specs": (PartitionSpec(), over_seeds), "out_specs": over_seeds}
-        on_devices = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
-        return jax.jit(on_devices, donate_argnums=1, compiler_options=compiler_options)
+    def seeded_init(config, seed):
+        return init(config, jax.random.key(seed))
 
     def checked_epoch(config, state):
         state, metrics = epoch(config, state)
         finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
         return state, metrics, finite
 
-    sharding = jax.sharding.NamedSharding(mesh, over_seeds)
-    wave_size = per_device * len(devices)
-    keys = jax.ShapeDtypeStruct((wave_size,), jax.random.key(0).dtype, sharding=sharding)
-    init = place(init).lower(config, keys).compile()
-    states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), init.out_info)
-    return Programs(init, place(checked_epoch).lower(config, states).compile(), wave_size, sharding)
+    def alone(function):
+        # reshapes, not slices: the donated buffer must not be copied
+        def of_one(*batched):
+            one = function(*jax.tree.map(lambda x: x.reshape(x.shape[1:]), batched))
+            return jax.tree.map(lambda x: x.reshape(1, *x.shape), one)
+
+        return of_one
+
+    over_runs = jax.vmap if per_device > 1 else alone
+    compiler_options = devices.cpu_compiler_options() if cpu else None
+    used = devices.for_slots(math.ceil(num_runs / per_device))
+    own = [device for device in used if device.process_index == jax.process_index()]
+
+    def on_device(device, tree):
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+        return jax.tree.map(lambda x: struct((per_device, *x.shape), x.dtype), tree)
+
+    def compile_for_each(function, *shapes):
+        jitted = jax.jit(over_runs(function), donate_argnums=1, compiler_options=compiler_options)
+        lowered = [jitted.lower(*(on_device(device, x) for x in shapes)) for device in own]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return dict(zip(own, pool.map(lambda x: x.compile(), lowered), strict=True))
+
+    configs = jax.tree.map(np.float32, config)
+    state = jax.eval_shape(init, config, jax.random.key(0))
+    compiled = compile_for_each(seeded_init, configs, np.int32(0)), compile_for_each(checked_epoch, configs, state)
+    return Programs(*compiled, used, per_device)
 
 
-def cpu_compiler_options():
-    """XLA's options on a CPU: Eigen for all matrix products, a tenth faster at 256 x 256 than YNNPACK for some."""
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a version of XLA that does not know it
-        return None
-    return options
+def compile_to_fit(config, init, epoch, num_runs, limit):
+    """`(programs, round_size)`: no more than `round_size` runs at a time take more than `limit` bytes of a device."""
+    programs = compile_programs(config, init, epoch, num_runs)
+    state, extra = memory(programs)
+    while state + extra > limit and programs.per_device > 1:
+        per_device = min(programs.per_device - 1, int(programs.per_device * limit / (state + extra)) or 1)
+        programs = compile_programs(config, init, epoch, num_runs, per_device)
+        state, extra = memory(programs)
+    if state + extra > limit:
+        need, have = (state + extra) / 2**30, limit / 2**30
+        cli.fail(f"a seed on each device needs {need:.1f} GiB of it, and {have:.1f} GiB are there for it")
+    slots = num_runs if limit == math.inf else int((limit - extra) // state)
+    return programs, min(num_runs, slots * programs.per_device * len(programs.devices))
 
 
-def run(config, init, epoch, seeds, group, options):
-    """Train, or go on training, `seeds`; write all results; return the exit code."""
-    saved = checkpoint.open_folder(group, seeds)
-    if options.resume and saved.latest_step() is None and is_complete(group, seeds, config):
-        print("this run is complete; nothing to resume")
-        return finish(config, group, seeds, options)
+def memory(programs):
+    """`(state, extra)` bytes on a device: the states of one slot, and what advancing it takes besides."""
+    sizes = next(iter(programs.epoch.values())).memory_analysis()
+    total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    state = sizes.alias_size_in_bytes
+    return state, total - 2 * state
 
-    interrupted, (unit, done, per_epoch, total) = catch_interrupts(), work(config)
-    with show_progress(total * len(seeds), unit) as progress:
-        programs = compile_programs(config, init, epoch, len(seeds))
-        if options.resume and saved.latest_step() is not None:
-            rows, waves = checkpoint.restore(saved, programs, seeds)
-            done = saved.latest_step()
-        else:
-            rows, waves = {seed: [] for seed in seeds}, start(config, programs, seeds)
-        progress(done * len(seeds), math.nan)
-        last_save = time.monotonic()
-        save_seconds = 0.0
-        while done < total and not interrupted.is_set():
-            waves, metrics, finite = advance(config, programs, waves)
-            for i, seed in enumerate(seeds):
-                row = record.metrics_row(jax.tree.map(lambda x, i=i: x[i], metrics), finite[i])
-                rows[seed].append(row)
-                record.write_metrics(record.seed_folder(group, seed), rows[seed])
-            done += per_epoch
-            progress(done * len(seeds), np.mean([rows[seed][-1]["eval_return_mean"] for seed in seeds]))
-            if time.monotonic() - last_save >= save_seconds / CHECKPOINT_SHARE:
-                last_save = time.monotonic()
-                save(saved, done, waves, rows, group)
-                save_seconds = time.monotonic() - last_save
-        save(saved, done, waves, rows, group)
+
+def train(init, epoch, runs, home, grid, options):
+    """Train, or go on training, `runs`; write all results; return the exit code."""
+    saved = checkpoint.open_folder(home / f"checkpoint_{runs[0].seed}_{runs[-1].seed}")
+    unit, start, _, total = work(runs[0].config)
+    position = checkpoint.latest(saved) if options.resume else None
+    first = position.first if position else 0
+    if options.resume and not position:  # between two rounds, or at the very end
+        first = next((i for i, run in enumerate(runs) if not is_complete(run)), len(runs))
+    if first == len(runs):
+        tell("this run is complete; nothing to resume")
+        return finish(runs, home, grid, options)
+
+    interrupted = catch_interrupts()
+    with show_progress(total * len(runs), unit) as progress:
+        limit = devices.memory()
+        programs, round_size = compile_to_fit(runs[0].config, init, epoch, len(runs) - first, limit)
+        if round_size < len(runs) - first:
+            tell(f"memory holds {round_size:,} of {len(runs) - first:,} runs at a time: they are trained in rounds")
+        while first < len(runs):
+            position = position or checkpoint.Position(first, min(first + round_size, len(runs)), start)
+            done = train_round(programs, runs, position, saved, interrupted, progress)
+            if done < total:
+                break
+            first, position = position.last, None
     if done < total:
-        print(f"interrupted and saved after {done:,} {unit}; the same command with --resume goes on from there")
+        tell(f"interrupted and saved after {done:,} {unit}; the same command with --resume goes on from there")
         return 130
-    code = finish(config, group, seeds, options)
+    devices.synchronize("trained")
+    code = finish(runs, home, grid, options)
     checkpoint.delete(saved)
     return code
 
 
-def start(config, programs, seeds):
-    """The states of all seeds after `init`, as waves."""
-    waves = checkpoint.in_waves(seeds, programs.wave_size)
-    keys = [jnp.stack([jax.random.key(seed) for seed in wave]) for wave in waves]
-    return [programs.init(config, jax.device_put(wave, programs.sharding)) for wave in keys]
+def tell(line):
+    """Print a line, once for all processes."""
+    if devices.is_first():
+        print(line, flush=True)
 
 
-def advance(config, programs, waves):
-    """One epoch of every seed: `(waves, metrics, finite)`, the latter on the host with a leading axis of seeds."""
+def train_round(programs, runs, position, saved, interrupted, progress):
+    """Train runs `position.first` to `position.last - 1` to their end or an interrupt; return how far each came."""
+    before, done, runs = position.first, position.done, runs[position.first : position.last]
+    _, start_at, per_epoch, total = work(runs[0].config)
+    slots = place(programs, runs)
+    rows = {i: record.read_rows(folder(runs[i]), (done - start_at) // per_epoch) for slot in slots for i in slot.places}
+    states = checkpoint.restore(saved, position, programs, slots) if position.at_once else start(programs, slots)
+
+    def save():
+        write_runs(runs, slots, states, rows)
+        checkpoint.save(saved, before * total + done, position._replace(done=done), programs, slots, states)
+
+    progress(before * total + done * len(runs), math.nan)
+    last_save, save_seconds = time.monotonic(), 0.0
+    stop, _ = devices.any_says(interrupted.is_set(), False)
+    while done < total and not stop:
+        states, outs = advance(programs, slots, states)
+        for slot, (metrics, finite) in zip(slots, outs, strict=True):
+            for k, i in enumerate(slot.places):
+                rows[i].append(record.metrics_row(jax.tree.map(lambda x, k=k: x[k], metrics), finite[k]))
+        done += per_epoch
+        progress(
+            before * total + done * len(runs), np.mean([rows[i][-1]["eval_return_mean"] for i in rows] or math.nan)
+        )
+        due = time.monotonic() - last_save >= save_seconds / CHECKPOINT_SHARE
+        stop, due = devices.any_says(interrupted.is_set(), due)  # all processes save together
+        if due and done < total and not stop:
+            last_save = time.monotonic()
+            save()
+            save_seconds = time.monotonic() - last_save
+    save()
+    return done
+
+
+def place(programs, runs):
+    """The slots of `runs` that this process's devices hold; the last of all is filled up with copies of one run."""
+    slots, size = [], programs.per_device
+    for number, first in enumerate(range(0, len(runs), size)):
+        wave, i = divmod(number, len(programs.devices))
+        device = programs.devices[i]
+        if device in programs.epoch:
+            places = list(range(len(runs)))[first : first + size]
+            chosen = [runs[i] for i in places + places[-1:] * (size - len(places))]
+            configs = jax.tree.map(lambda *x: np.array(x, np.float32), *(run.config for run in chosen))
+            seeds = np.array([run.seed for run in chosen], np.int32)
+            slots.append(Slot(device, wave, places, *jax.device_put((configs, seeds), device)))
+    return slots
+
+
+def start(programs, slots):
+    """The states of all slots after `init`."""
+    return [programs.init[slot.device](slot.configs, slot.seeds) for slot in slots]
+
+
+def advance(programs, slots, states):
+    """One epoch of every run: `(states, [(metrics, finite)])`, the latter on the host, with a leading axis of runs."""
     outs = []
-    for i, state in enumerate(waves):
-        waves[i], *out = programs.epoch(config, state)  # returns at once: the devices work through the waves
+    for i, slot in enumerate(slots):
+        states[i], *out = programs.epoch[slot.device](slot.configs, states[i])  # returns at once, and the device works
         outs.append(out)
-    return waves, *jax.tree.map(lambda *x: np.concatenate(x), *(wait(out) for out in outs))
+    while not all(x.is_ready() for x in jax.tree.leaves(outs)):
+        time.sleep(0.005)  # between looks a signal is heard
+    return states, jax.device_get(outs)
 
 
-def wait(arrays):
-    """Fetch arrays to the host; sleeping between looks lets a signal be heard while the devices work."""
-    while not all(x.is_ready() for x in jax.tree.leaves(arrays)):
-        time.sleep(0.005)
-    return jax.device_get(arrays)
+def write_runs(runs, slots, states, rows):
+    """Write the metrics and, for those who look at a run before its end, the policies."""
+    for slot, state in zip(slots, states, strict=True):
+        params = jax.device_get(state.params)
+        for k, i in enumerate(slot.places):
+            if rows[i]:
+                record.write_metrics(folder(runs[i]), rows[i])
+            record.write_policy(folder(runs[i]), jax.tree.map(lambda x, k=k: x[k], params))
 
 
 def catch_interrupts():
@@ -285,7 +375,7 @@ def show_progress(total, unit):
     """Yield `report(done by all seeds, mean_return)`: a bar on a terminal, a line an epoch elsewhere."""
     console = rich.console.Console(highlight=False)
     columns = (rich.progress.BarColumn(), rich.progress.TextColumn("{task.description}"))
-    bar = rich.progress.Progress(*columns, console=console, disable=not console.is_terminal)
+    bar = rich.progress.Progress(*columns, console=console, disable=not console.is_terminal or not devices.is_first())
     task = bar.add_task("compiling", total=total)
     first = None  # amount and time of the first report: a resumed run starts in the middle
 
@@ -301,53 +391,62 @@ def show_progress(total, unit):
             speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
             text = f"{done:,} of {total:,} {unit}  return {mean_return:.1f}  {speed} {unit}/s  {left}"
         bar.update(task, completed=done, description=text)
-        if not console.is_terminal:
+        say(text)
+
+    def say(text):
+        if not console.is_terminal and devices.is_first():
             print(text, flush=True)
 
-    if not console.is_terminal:
-        print("compiling", flush=True)
+    say("compiling")
     with bar:
         yield report
 
 
-def save(saved, done, waves, rows, group):
-    """Write a checkpoint and, for those who look at a run before its end, the policies."""
-    states = checkpoint.save(saved, done, waves, rows)
-    for seed, state in states.items():
-        record.write_policy(record.seed_folder(group, seed), state.params)
-
-
-def is_complete(group, seeds, config):
-    """Whether every seed has its last row and its policy."""
-    folders = [record.seed_folder(group, seed) for seed in seeds]
-    if not all((folder / name).exists() for folder in folders for name in ("metrics.csv", "policy.npz")):
+def is_complete(run):
+    """Whether a run has its last row and its policy."""
+    _, start, per_epoch, total = work(run.config)
+    if not all((folder(run) / name).exists() for name in ("metrics.csv", "policy.npz")):
         return False
-    _, start, per_epoch, total = work(config)
-    return all(start + per_epoch * len(record.read_metrics(folder)["step"]) == total for folder in folders)
+    return start + per_epoch * len(record.read_metrics(folder(run))["step"]) == total
 
 
-def finish(config, group, seeds, options):
-    """Draw the curve, print the result, and return the exit code."""
-    unit, _, _, total = work(config)
+def finish(runs, home, grid, options):
+    """Draw, print the result, and return the exit code."""
+    unit, _, _, total = work(runs[0].config)
+    columns = [record.read_metrics(folder(run)) for run in runs]
+    finite = np.array([bool(c["finite"][-1]) for c in columns])
+    code = 0 if finite.all() else 1
+    if not devices.is_first():
+        return code
+    final = np.array([c["eval_return_mean"][-1] for c in columns])
     if not options.no_plot:
-        plot.draw(group)
-    rows = {seed: record.read_metrics(record.seed_folder(group, seed)) for seed in seeds}
-    diverged = [seed for seed in seeds if not rows[seed]["finite"][-1]]
-    final = np.array([rows[seed]["eval_return_mean"][-1] for seed in seeds if seed not in diverged])
-    if len(final) > 1:
-        low, high = plot.interval(final)
+        for group in dict.fromkeys(run.group for run in runs):
+            plot.draw(group)
+    if grid:
+        each = [slice(i, i + options.num_seeds) for i in range(0, len(runs), options.num_seeds)]
+        table = sweep.table(grid, [final[i][finite[i]] for i in each], [int((~finite[i]).sum()) for i in each])
+        sweep.write_table(home, table)
+        if not options.no_plot:
+            sweep.draw(home, grid, table)
+        print(f"greedy return after {total:,} {unit}, interquartile mean of {options.num_seeds} seeds:\n")
+        print(sweep.text(table), "\n")
+    elif finite.sum() > 1:
+        low, high = plot.interval(final[finite])
         print(
-            f"greedy return after {total:,} {unit}: {plot.iqm(final):.1f} (interquartile mean of "
-            f"{len(final)} seeds, 95 % interval {low:.1f} to {high:.1f}, worst {final.min():.1f})"
+            f"greedy return after {total:,} {unit}: {plot.iqm(final[finite]):.1f} (interquartile mean of "
+            f"{finite.sum()} seeds, 95 % interval {low:.1f} to {high:.1f}, worst {final[finite].min():.1f})"
         )
-    elif len(final):
-        error = rows[seeds[0]]["eval_return_std"][-1] / math.sqrt(config.num_eval_episodes)
+    elif finite.any():
+        episodes = runs[0].config.num_eval_episodes
+        error = columns[finite.argmax()]["eval_return_std"][-1] / math.sqrt(episodes)
         print(
-            f"greedy return after {total:,} {unit}: {final[0]:.1f} "
-            f"(mean of {config.num_eval_episodes} episodes, standard error {error:.1f})"
+            f"greedy return after {total:,} {unit}: {final[finite][0]:.1f} "
+            f"(mean of {episodes} episodes, standard error {error:.1f})"
         )
-    for seed in diverged:
-        when = int(record.progress(rows[seed])[rows[seed]["finite"] == 0][0])
-        print(f"seed {seed} diverged: parameters are not finite after {when} {unit}", file=sys.stderr)
-    print(f"results: {group}")
-    return 1 if diverged else 0
+    for run, c in zip(runs, columns, strict=True):
+        if not c["finite"][-1]:
+            when = int(record.progress(c)[c["finite"] == 0][0])
+            where = f" of {run.group.name}" if grid else ""
+            print(f"seed {run.seed}{where} diverged: parameters are not finite after {when} {unit}", file=sys.stderr)
+    print(f"results: {home}")
+    return code

@@ -31,7 +31,7 @@ SINGLE_CORE = ["taskset", "--cpu-list", "0"]
 
 def load(name, **fields):
     """An algorithm's module and its configuration, with epochs long enough to be timed; threads as the runner's."""
-    from common import run
+    from common import devices
 
     module = importlib.import_module(f"algorithms.{name}")
     num_seeds = fields.pop("num_seeds", 1)
@@ -41,7 +41,7 @@ def load(name, **fields):
         fields = {"model": "learned", "num_rollouts": 64} | fields
         epochs = {"iterations_per_epoch": 200, "num_iterations": 200_000}
     config = module.Config(**epochs | fields)
-    run.set_up_backend(num_seeds, run.largest_product(config))
+    devices.set_up_backend(num_seeds, devices.largest_product(config))
     return module, config
 
 
@@ -61,8 +61,9 @@ def prepare(module, config, num_seeds=1):
     from common import run
 
     programs = run.compile_programs(config, module.init, module.epoch, num_seeds)
-    waves = run.start(config, programs, list(range(num_seeds)))
-    return lambda: run.advance(config, programs, waves)
+    slots = run.place(programs, [run.Run(config, seed, Path()) for seed in range(num_seeds)])
+    states = run.start(programs, slots)
+    return lambda: run.advance(programs, slots, states)
 
 
 def fixed_work(module, config, state):
@@ -84,7 +85,7 @@ def worker_floor(name, fields):
     import jax
     import jax.numpy as jnp
 
-    from common import run
+    from common import devices
 
     module, config = load(name, **fields)
     epoch = prepare(module, config)
@@ -96,7 +97,7 @@ def worker_floor(name, fields):
         return jax.lax.scan(step, carry, length=config.steps_per_epoch // period)[0]
 
     carry = jax.tree.map(jnp.copy, (state.params, state.opt_state))
-    updates = jax.jit(updates, compiler_options=run.cpu_compiler_options())
+    updates = jax.jit(updates, compiler_options=devices.cpu_compiler_options())
     return timed_rates([epoch, lambda: jax.block_until_ready(updates(carry))], config.steps_per_epoch)
 
 
@@ -105,7 +106,7 @@ def worker_svg_floor(fields):
     import jax
     import jax.numpy as jnp
 
-    from common import run
+    from common import devices
 
     module, config = load("svg", **fields)
     epoch = prepare(module, config)
@@ -121,7 +122,7 @@ def worker_svg_floor(fields):
 
     updates = lambda carry: jax.lax.scan(update, carry, length=config.iterations_per_epoch)[0]
     carry = jax.tree.map(jnp.copy, (state.params, state.opt_state))
-    updates = jax.jit(updates, compiler_options=run.cpu_compiler_options())
+    updates = jax.jit(updates, compiler_options=devices.cpu_compiler_options())
     return timed_rates([epoch, lambda: jax.block_until_ready(updates(carry))], config.iterations_per_epoch)
 
 
@@ -146,13 +147,13 @@ def worker_memory(buffer_size, num_seeds):
 
     module, config = load("td3", buffer_size=buffer_size, num_seeds=num_seeds)
     programs = run.compile_programs(config, module.init, module.epoch, num_seeds)
-    waves = run.start(config, programs, list(range(num_seeds)))
-    rows = {seed: [{"step": 0}] for seed in range(num_seeds)}
+    slots = run.place(programs, [run.Run(config, seed, Path()) for seed in range(num_seeds)])
+    states, _ = run.advance(programs, slots, run.start(programs, slots))
     with tempfile.TemporaryDirectory() as folder:
-        waves, *_ = run.advance(config, programs, waves)
-        checkpoint.save(checkpoint.open_folder(Path(folder), [*rows]), 1, waves, rows)
-        run.advance(config, programs, waves)
-    buffers = sum(x.nbytes for wave in waves for x in jax.tree.leaves(wave.buffer))
+        saved, position = checkpoint.open_folder(Path(folder)), checkpoint.Position(0, num_seeds, 1)
+        checkpoint.save(saved, 1, position, programs, slots, states)
+        states, _ = run.advance(programs, slots, states)
+    buffers = sum(x.nbytes for state in states for x in jax.tree.leaves(state.buffer))
     return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, buffers]
 
 

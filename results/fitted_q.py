@@ -18,7 +18,7 @@ import jax
 from benchmark import ROOT, machine
 from matplotlib.figure import Figure
 
-from common import plot, record, run
+from common import devices, plot, record
 
 ENV = "Pendulum-v1"
 OPTIMUM = -137.7  # what no policy exceeds on average, by dynamic programming on a fine grid
@@ -57,14 +57,14 @@ def train(label, seeds):
 
 def measure(repeats):
     """Seconds of an iteration and of its targets on 50,000 base points, medians: `{label: (whole, targets)}`."""
-    run.set_up_backend()
+    devices.set_up_backend()
     programs, seconds = {}, {label: ([], []) for label in LEVELS}
     for label, (algorithm, fields) in LEVELS.items():
         module = importlib.import_module(f"algorithms.{algorithm}")
         config = module.Config(env=ENV, num_base_points=50_000, **fields)
         state = jax.jit(module.init)(config, jax.random.key(0))
         key = [] if algorithm == "nfqca" else [state.key]
-        compile_for = functools.partial(jax.jit, compiler_options=run.cpu_compiler_options())
+        compile_for = functools.partial(jax.jit, compiler_options=devices.cpu_compiler_options())
         whole = compile_for(functools.partial(module.iteration, config)).lower(state).compile()
         targets = compile_for(functools.partial(module.bellman_targets, config))
         targets = targets.lower(state.params, state.base_points, *key).compile()

@@ -19,7 +19,7 @@ from benchmark import ROOT, machine
 from jax.flatten_util import ravel_pytree
 
 from algorithms import svg
-from common import run
+from common import devices
 
 KINDS = {"manual": {"gradient": "manual"}, "autodiff": {}, "remat": {"remat": True}}
 HIDDEN = ((), (8,), (16, 16), (32, 32), (64, 64))
@@ -34,7 +34,7 @@ def compile_gradients(hidden_sizes, horizon):
         config = svg.Config(**base, **fields)
         params = svg.init(config, jax.random.key(0)).params
         arguments = config, params, *svg.draw(config, (), (), jax.random.key(1))
-        program = jax.jit(svg.policy_gradient, compiler_options=run.cpu_compiler_options())
+        program = jax.jit(svg.policy_gradient, compiler_options=devices.cpu_compiler_options())
         compiled = program.lower(*arguments).compile()
         call = lambda compiled=compiled, arguments=arguments: jax.block_until_ready(compiled(*arguments))
         calls[kind] = call, compiled.memory_analysis().temp_size_in_bytes

@@ -18,7 +18,7 @@ import numpy as np
 from benchmark import ROOT, machine
 
 from algorithms import fqi
-from common import lqr, milp, run
+from common import devices, lqr, milp
 
 
 def four_inputs():
@@ -49,7 +49,7 @@ def train(env):
 def measure(config, params, obs, num_states):
     """Actions at the first `num_states` and seconds a state, the median of three calls on more of them."""
     many = obs[: 500 if config.maximizer == "lbfgs" else 8192]
-    solve = jax.jit(fqi.maximize, compiler_options=run.cpu_compiler_options())
+    solve = jax.jit(fqi.maximize, compiler_options=devices.cpu_compiler_options())
     actions = jax.block_until_ready(solve(config, params, many, jax.random.key(1)))
     seconds = []
     for _ in range(3):
@@ -64,7 +64,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-states", type=int, default=200)
     num_states = parser.parse_args().num_states
-    run.set_up_backend()
+    devices.set_up_backend()
     lines = [
         f"Gap to the exact maximum of q over {num_states} states, in percent of its range, and time of each state.",
         f"`python results/maximizers.py --num-states {num_states}`",

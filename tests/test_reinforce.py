@@ -63,7 +63,7 @@ def test_advantages_with_lambda_one_are_rewards_to_go():
     ours = reinforce.advantages(config, steps, jnp.zeros((6, 1)), jnp.asarray(values[:-1]), jnp.asarray(values[1:]))
     for t in range(6):
         to_go = sum(0.9 ** (k - t) * reward[k, 0] for k in range(t, 6)) + 0.9 ** (6 - t) * values[6, 0]
-        np.testing.assert_allclose(ours[t, 0], to_go - values[t, 0], rtol=1e-4)
+        np.testing.assert_allclose(ours[t, 0], to_go - values[t, 0], rtol=1e-4, atol=1e-6)
 
 
 # Losses

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from algorithms import fqi, fqi_amortized, nfqca, reinforce, svg, td3
-from common import checkpoint, cli, milp, plot, record, run
+from common import checkpoint, cli, devices, milp, plot, record, run
 
 SCRIPT = Path(td3.__file__)
 SMALL = {
@@ -93,7 +93,7 @@ def test_layout(unbroken):
 
 
 def test_files_hold_what_train_returns(unbroken, tmp_path):
-    train = jax.jit(td3.train, compiler_options=run.cpu_compiler_options())
+    train = jax.jit(td3.train, compiler_options=devices.cpu_compiler_options())
     state, metrics = train(CONFIG, jax.random.key(1))
     rows = list(csv.DictReader(unbroken["seed_1/metrics.csv"].decode().splitlines()))
     for name in ("step", "critic_loss", "actor_loss"):
@@ -213,26 +213,79 @@ def test_interrupt_before_the_first_epoch(monkeypatch, tmp_path, unbroken):
 
 
 def test_seeds_that_share_a_device_are_vmapped(tmp_path):
-    """As on a GPU: two seeds on each of two devices, the last one a filler, equal single runs but for rounding."""
-    seeds = [0, 1, 2]
-    programs = run.compile_programs(CONFIG, td3.init, td3.epoch, len(seeds), per_device=2)
-    assert programs.wave_size == 4
-    waves = run.start(CONFIG, programs, seeds)
-    manager = checkpoint.open_folder(tmp_path, seeds)
-    states = checkpoint.save(manager, 128, waves, {seed: [] for seed in seeds})
-    alone = {seed: jax.jit(td3.init)(CONFIG, jax.random.key(seed)) for seed in seeds}
-    for seed in seeds:
-        for ours, theirs in zip(jax.tree.leaves(states[seed].params), jax.tree.leaves(alone[seed].params), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
-    # a checkpoint of this layout goes on in the other one, a seed a device
-    single = run.compile_programs(CONFIG, td3.init, td3.epoch, len(seeds))
-    _, restored = checkpoint.restore(manager, single, seeds)
-    assert (len(restored), single.wave_size) == (2, 2)
-    _, metrics, finite = run.advance(CONFIG, programs, waves)
-    _, expected, _ = run.advance(CONFIG, single, restored)
-    assert finite.tolist() == [True] * 4
-    np.testing.assert_allclose(metrics.critic_loss, expected.critic_loss, rtol=1e-3)
-    np.testing.assert_array_equal(metrics.step, [192] * 4)
+    """As on a GPU: two seeds on a device, one and a filler on the other, equal single runs but for rounding."""
+    runs = [run.Run(CONFIG, seed, tmp_path) for seed in range(3)]
+    programs = run.compile_programs(CONFIG, td3.init, td3.epoch, len(runs), per_device=2)
+    slots = run.place(programs, runs)
+    assert [slot.places for slot in slots] == [[0, 1], [2]]
+    assert [slot.seeds.tolist() for slot in slots] == [[0, 1], [2, 2]]
+    states = run.start(programs, slots)
+    manager = checkpoint.open_folder(tmp_path / "checkpoint")
+    checkpoint.save(manager, 1, checkpoint.Position(0, 3, 128), programs, slots, states)
+    for seed, (slot, i) in enumerate([(0, 0), (0, 1), (1, 0)]):
+        alone = jax.tree.leaves(jax.jit(td3.init)(CONFIG, jax.random.key(seed)).params)
+        for ours, theirs in zip(jax.tree.leaves(states[slot].params), alone, strict=True):
+            np.testing.assert_allclose(ours[i], theirs, rtol=1e-6, atol=1e-7)
+    # a checkpoint of this layout goes on in the other one, a seed at a time on a device
+    single = run.compile_programs(CONFIG, td3.init, td3.epoch, len(runs))
+    single_slots = run.place(single, runs)
+    assert [slot.places for slot in single_slots] == [[0], [1], [2]]
+    position = checkpoint.latest(manager)
+    assert position == (0, 3, 128, 4)
+    restored = checkpoint.restore(manager, position, single, single_slots)
+    _, [(first, finite), _] = run.advance(programs, slots, states)
+    _, expected = run.advance(single, single_slots, restored)
+    assert finite.tolist() == [True, True]
+    for i in range(2):
+        np.testing.assert_allclose(first.critic_loss[i], expected[i][0].critic_loss[0], rtol=1e-3)
+    np.testing.assert_array_equal(first.step, [192] * 2)
+
+
+def test_runs_that_memory_cannot_hold_at_once_are_trained_in_rounds(monkeypatch, capsys, unbroken, tmp_path):
+    """Two of three seeds fit: a second round follows; an interrupt in it, and the files are those of one round."""
+    programs = run.compile_programs(CONFIG, td3.init, td3.epoch, 1)
+    state, extra = run.memory(programs)
+    buffers = jax.tree.leaves(jax.eval_shape(td3.init, CONFIG, jax.random.key(0)))
+    assert state >= sum(x.size * x.dtype.itemsize for x in buffers)
+    assert 0 < extra < 10 * state
+    advance, calls = run.advance, []
+
+    def interrupted():
+        event = threading.Event()
+        seen.append(event)
+        return event
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == 8:  # of the first round's 6, and the second round's 6
+            seen[-1].set()
+        return advance(*args)
+
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "memory", lambda: 1.5 * state + extra)
+        patch.setattr(run, "catch_interrupts", interrupted)
+        patch.setattr(run, "advance", counted)
+        assert execute(patch, tmp_path, "--num-seeds", "3") == 130
+        said = capsys.readouterr().out
+        assert "memory holds 2 of 3 runs at a time" in said
+        assert "interrupted and saved after 256 steps" in said
+        assert execute(patch, tmp_path, "--num-seeds", "3", "--resume") == 0
+        assert len(calls) == 8 + 4
+        patch.setattr(devices, "memory", lambda: 0.5 * state)
+        assert execute(patch, tmp_path, "--name", "other") == 2
+        assert "GiB" in capsys.readouterr().err
+    assert contents(group(tmp_path)) == unbroken
+
+
+def test_resume_between_two_rounds(monkeypatch, capsys, unbroken, tmp_path):
+    """Without a checkpoint, the runs that are complete are left alone, and the others are trained."""
+    assert execute(monkeypatch, tmp_path, "--num-seeds", "3") == 0
+    (group(tmp_path) / "seed_2" / "policy.npz").unlink()
+    capsys.readouterr()
+    assert execute(monkeypatch, tmp_path, "--num-seeds", "3", "--resume") == 0
+    assert "1,152 of 1,536 steps\n" in capsys.readouterr().out
+    assert contents(group(tmp_path)) == unbroken
 
 
 def check_whole(files):
@@ -326,7 +379,7 @@ def test_all_seeds_diverge(monkeypatch, capsys, tmp_path):
 def test_resume_lists_every_difference(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli, "check_shapes", lambda *_: None)
     config = CONFIG
-    run.claim(group(tmp_path), SCRIPT, config, [0], resume=False)
+    run.claim(group(tmp_path), SCRIPT, [run.Run(config, 0, group(tmp_path))], {}, cli.Options())
     assert execute(monkeypatch, tmp_path, "--resume", "--gamma", "0.9", "--hidden-sizes", "4") == 2
     line = capsys.readouterr().err
     assert "config.gamma: 0.99 -> 0.9" in line
