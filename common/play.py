@@ -268,7 +268,7 @@ def encode_gif(frames):
 
 
 if __name__ == "__main__":
-    from common.run import set_up_backend
+    from common.devices import set_up_backend
 
     set_up_backend()
     main()
