@@ -52,8 +52,16 @@ def largest_product(config):
 
 
 def cpu_compiler_options():
-    """XLA's options on a CPU: Eigen for all matrix products, a tenth faster at 256 x 256 than YNNPACK for some."""
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    """XLA's options on a CPU, as measured on two cores of an Intel Xeon and of an AMD EPYC.
+
+    On Intel Eigen for all matrix products is up to a tenth faster than XLA's own choice, YNNPACK for some; on AMD it is
+    slower, and vectors of 512 bits are a twentieth faster than those of 256. Level 2 compiles in three quarters of the
+    time of level 3, and the program is as fast.
+    """
+    path = Path("/proc/cpuinfo")
+    intel = path.exists() and "GenuineIntel" in path.read_text()
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if intel else {"xla_cpu_prefer_vector_width": 512}
+    options |= {"xla_backend_optimization_level": 2}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:  # a version of XLA that does not know it

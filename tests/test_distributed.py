@@ -9,6 +9,8 @@ import pytest
 
 from tests.test_run import command, contents, group
 
+RUN = ["--num-seeds", "3", "--total-steps", "1152"]  # long enough to be stopped
+
 
 def free_port():
     with socket.socket() as listener:
@@ -16,10 +18,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(out, *flags, num_devices=2, num_processes=2, env=None):
+def start(out, *flags, num_devices=2, num_processes=2):
     """The processes of one command."""
     port = free_port()
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(num_devices)} | (env or {})
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(num_devices)}
     given = ["--distributed", "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", str(num_processes)]
     return [
         subprocess.Popen(
@@ -43,49 +45,43 @@ def finish(processes):
 def one_process(tmp_path_factory):
     """The files of three seeds in one process."""
     out = tmp_path_factory.mktemp("one")
-    subprocess.run(command(out, "--num-seeds", "3"), check=True, capture_output=True)
+    subprocess.run(command(out, *RUN), check=True, capture_output=True)
     return contents(group(out))
 
 
 def test_two_processes_of_two_devices_write_the_files_of_one(one_process, tmp_path):
-    (first, second) = finish(start(tmp_path, "--num-seeds", "3"))
+    (first, second) = finish(start(tmp_path, *RUN))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "interquartile mean of 3 seeds" in first[1]
     assert [line for line in second[1].splitlines() if "Gloo" not in line] == []
     assert contents(group(tmp_path)) == one_process
 
 
-def test_a_lost_process_ends_the_other_and_one_goes_on_alone(one_process, tmp_path):
-    """Longer than the run of `one_process`, whose files it must pass through on the way."""
-    processes = start(tmp_path, "--num-seeds", "3", num_devices=1)
-    while "return" not in processes[0].stdout.readline():
-        assert processes[0].poll() is None
-    processes[1].kill()
-    (first, second) = finish(processes)
-    assert second[0] == -signal.SIGKILL
-    assert first[0] == 3, first[2]
+def test_interrupted_then_lost_then_finished_by_more_processes(one_process, tmp_path):
+    """An interrupt of one saves all; a kill of one ends the other; three processes finish what two began."""
+    (first, second) = stopped(start(tmp_path, *RUN, num_devices=1), signal.SIGTERM)
+    assert (first[0], second[0]) == (130, 130), first[2] + second[2]
+    assert "interrupted and saved" in first[1]
+
+    (first, second) = stopped(start(tmp_path, *RUN, "--resume", num_devices=1), signal.SIGKILL)
+    assert (first[0], second[0]) == (3, -signal.SIGKILL), first[2]
     (line,) = [line for line in first[2].splitlines() if line.startswith("error: ")]
     assert line.startswith("error: --distributed: another process was lost")
     assert line.endswith("--resume goes on")
+    assert "Traceback" not in first[2]
     assert contents(group(tmp_path)) != one_process
-    subprocess.run(command(tmp_path, "--num-seeds", "3", "--resume"), check=True, capture_output=True)
+
+    finished = finish(start(tmp_path, *RUN, "--resume", num_devices=1, num_processes=3))
+    assert [code for code, *_ in finished] == [0, 0, 0], finished
     assert contents(group(tmp_path)) == one_process
 
 
-def test_an_interrupt_of_one_saves_all_and_more_processes_go_on(one_process, tmp_path):
-    """The second process is asked to stop; three processes of one device finish what two began."""
-    processes = start(tmp_path, "--num-seeds", "3", num_devices=1)
+def stopped(processes, number):
+    """What `finish` gives, when the second process gets a signal after the first epoch."""
     while "return" not in processes[0].stdout.readline():
         assert processes[0].poll() is None
-    processes[1].send_signal(signal.SIGTERM)
-    (first, second) = finish(processes)
-    assert (first[0], second[0]) == (130, 130), first[2] + second[2]
-    assert "interrupted and saved" in first[1]
-    codes = [
-        code for code, *_ in finish(start(tmp_path, "--num-seeds", "3", "--resume", num_devices=1, num_processes=3))
-    ]
-    assert codes == [0, 0, 0]
-    assert contents(group(tmp_path)) == one_process
+    processes[1].send_signal(number)
+    return finish(processes)
 
 
 def test_mistakes_end_all_processes(one_process, tmp_path):

@@ -4,6 +4,7 @@ XLA copies an array where it cannot see that an update in place is safe. On the 
 test would notice and everything at a million rows, so the compiled text is read, not a clock.
 """
 
+import functools
 import math
 import re
 
@@ -183,6 +184,26 @@ def test_epoch_of_eight_seeds_one_after_the_other():
 
     compiled = quick_jit(epochs, donate_argnums=0).lower(states).compile()
     assert_touches_batches_only(compiled, depth=2, num_seeds=10)
+
+
+@every_algorithm
+def test_program_for_a_gpu_stays_on_it_and_batches_its_seeds(module, config):
+    """Lowered for a GPU, which need not be there: nothing calls the host, and vmapping adds no loop over seeds."""
+    state = jax.eval_shape(lambda key: module.init(config, key), seed_key())
+    states = jax.eval_shape(jax.vmap(lambda key: module.init(config, key)), seed_keys())
+    one, eight = (
+        quick_jit(f).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+        for f, x in (
+            (functools.partial(module.epoch, config), state),
+            (jax.vmap(functools.partial(module.epoch, config)), states),
+        )
+    )
+    assert "stablehlo.while" in one
+    assert eight.count("stablehlo.while") == one.count("stablehlo.while")
+    for text in (one, eight):
+        assert set(re.findall("callback|infeed|outfeed|stablehlo.send|stablehlo.recv", text)) == set()
+    called_back = quick_jit(lambda x: jax.pure_callback(lambda x: x, x, x)).lower(jnp.zeros(2))
+    assert "callback" in called_back.as_text()
 
 
 # The reader of programs has to find what it is for
