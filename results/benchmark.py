@@ -1,9 +1,12 @@
-"""Measure speed and memory of the algorithms on this machine and write the table `results/benchmark.md`.
+"""Measure speed and memory on this machine, beside peers; write `benchmark.json` and the table in `results/README.md`.
 
-    python results/benchmark.py                          all but the comparison with a peer
-    python results/benchmark.py --rejax ENV/bin/python   also rejax 0.1.3, installed with gymnax 0.0.9 in an environment
+    python results/benchmark.py                  all but the peers
+    python results/benchmark.py --peers FOLDER   with each peer in an environment in FOLDER, made if it is absent
+    python results/benchmark.py --only WORD ...  only these groups, whose rows replace the old ones in `benchmark.json`
 
-Each figure is the median of several measurements; those that are compared are measured by turns. Close other programs.
+Groups: peers, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command. What is compared takes turns in
+one run, a turn of each before the next of any; figures are medians of `--turns` turns, after one that warms up. Close
+other programs.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -21,12 +25,21 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-REPEATS = 5
-ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "svg")
-SINGLE_CORE = ["taskset", "--cpu-list", "0"]
+ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "svg")  # those that replay
+EVERY_ALGORITHM = ("fqi", "fqi_amortized", "nfqca", "soft_fqi", *ALGORITHMS, "reinforce")
+PEERS = {  # what pip installs
+    "rejax": ("rejax==0.1.3", "gymnax==0.0.9"),
+    "sbx": ("sbx-rl==0.28.0", "gymnasium[classic-control]==1.4.0"),
+    "sb3": ("stable-baselines3==2.9.2", "gymnasium[classic-control]==1.4.0"),
+}
+NAMES = {"rejax": "rejax", "sbx": "SBX", "sb3": "Stable-Baselines3"}
+ABSENT = "CleanRL's JAX TD3 and DDPG, PureJaxRL and Stoix are no packages of the registry: not measured."
+SINGLE_CORE = ("taskset", "--cpu-list", "0")
+GOAL = -200
+BEGIN, END = "<!-- benchmark.py writes from here -->", "<!-- to here -->"
 
 
-# Workers: each runs in a process of its own and prints one JSON value
+# Workers: each runs in a process of its own and prints one JSON value, or, if it serves, one for each line it reads
 
 
 def load(name, **fields):
@@ -34,113 +47,143 @@ def load(name, **fields):
     from common import devices
 
     module = importlib.import_module(f"algorithms.{name}")
-    num_seeds = fields.pop("num_seeds", 1)
+    num_runs = fields.pop("num_seeds", 1)
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     epochs = {"steps_per_epoch": 2000, "total_steps": 2_001_000}
     if name == "svg":
         fields = {"model": "learned", "num_rollouts": 64} | fields
         epochs = {"iterations_per_epoch": 200, "num_iterations": 200_000}
     config = module.Config(**epochs | fields)
-    devices.set_up_backend(num_seeds, devices.largest_product(config))
+    devices.set_up_backend(num_runs, devices.largest_product(config))
     return module, config
 
 
-def timed_rates(calls, work, repeats=REPEATS):
-    """Median units of work per second of each call, taking turns."""
-    seconds = [[] for _ in calls]
-    for _ in range(repeats + 1):
-        for call, spent in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            spent.append(time.perf_counter() - start)
-    return [work / statistics.median(spent[1:]) for spent in seconds]  # the first round warms up
+def prepare(module, config, num_seeds=1, grid=None):
+    """A call that advances all runs by one epoch, through the programs of the runner."""
+    from common import run, sweep
 
-
-def prepare(module, config, num_seeds=1):
-    """A call that advances all seeds by one epoch, through the programs of the runner."""
-    from common import run
-
-    programs = run.compile_programs(config, module.init, module.epoch, num_seeds)
-    slots = run.place(programs, [run.Run(config, seed, Path()) for seed in range(num_seeds)])
+    cells = sweep.cells(config, grid or {})
+    runs = [run.Run(cell.config, seed, Path()) for cell in cells for seed in range(num_seeds)]
+    programs = run.compile_programs(config, module.init, module.epoch, len(runs))
+    slots = run.place(programs, runs)
     states = run.start(programs, slots)
     return lambda: run.advance(programs, slots, states)
 
 
-def fixed_work(module, config, state):
-    """`(arguments of learn after its first three, updates it makes of them)`: one fixed batch, or a period of them."""
-    from jax import random
+def serve(call, updates):
+    """For each line of standard input, time one call."""
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"updates": updates, "seconds": seconds, "peak": peak}), flush=True)
 
-    action_dim = len(module.make_env(config)[2])
-    period = getattr(config, "policy_delay", getattr(config, "target_period", None))
-    shape = (config.batch_size,) if period is None else (period, config.batch_size)
-    batches = module.buffer_sample(state.buffer, random.key(1), shape, action_dim)
-    if hasattr(config, "target_period"):
-        return (batches,), period
-    noise_shape = (*shape, action_dim) if period else (2, *shape, action_dim)
-    return (batches, random.normal(random.key(2), noise_shape)), period or 1
+
+def worker_epochs(name, fields, num_seeds=1, grid=None):
+    """Serve epochs of all runs."""
+    num_runs = num_seeds
+    for values in (grid or {}).values():
+        num_runs *= len(values)
+    module, config = load(name, **fields, num_seeds=num_runs)
+    work = config.iterations_per_epoch if name == "svg" else config.steps_per_epoch
+    serve(prepare(module, config, num_seeds, grid), work * num_runs)
+
+
+def compiled(updates, *arguments):
+    """`updates`, compiled as the runner compiles; it gives back when it has finished."""
+    import jax
+
+    from common import devices
+
+    program = jax.jit(updates, compiler_options=devices.cpu_compiler_options()).lower(*arguments).compile()
+    return lambda: jax.block_until_ready(program(*arguments))
 
 
 def worker_floor(name, fields):
-    """[updates/s of whole epochs, updates/s of the same updates on one fixed batch]."""
+    """Serve the updates of an epoch on one fixed batch, or on a period of them, and nothing else."""
     import jax
-    import jax.numpy as jnp
-
-    from common import devices
+    from jax import random
 
     module, config = load(name, **fields)
-    epoch = prepare(module, config)
-    state = jax.jit(module.init)(config, jax.random.key(0))
-    arguments, period = fixed_work(module, config, state)
+    state = jax.jit(module.init)(config, random.key(0))
+    action_dim = len(module.make_env(config)[2])
+    if name == "svg":
+        shape = config.model_steps, config.batch_size
+        batches = module.buffer_sample(state.buffer, random.key(1), shape, action_dim)
+        drawn = module.draw(config, state.params.model, state.buffer, random.key(2))
 
-    def updates(carry):
-        step = lambda carry, _: (module.learn(config, *carry, *arguments)[:2], None)
-        return jax.lax.scan(step, carry, length=config.steps_per_epoch // period)[0]
+        def update(carry, _):
+            fit = lambda carry, batch: (module.update_model(config, *carry, batch)[:2], None)
+            return module.update_actor(config, *jax.lax.scan(fit, carry, batches)[0], *drawn)[:2], None
 
-    carry = jax.tree.map(jnp.copy, (state.params, state.opt_state))
-    updates = jax.jit(updates, compiler_options=devices.cpu_compiler_options())
-    return timed_rates([epoch, lambda: jax.block_until_ready(updates(carry))], config.steps_per_epoch)
+        length = updates = config.iterations_per_epoch
+    else:
+        period = getattr(config, "policy_delay", getattr(config, "target_period", None))
+        shape = (config.batch_size,) if period is None else (period, config.batch_size)
+        arguments = (module.buffer_sample(state.buffer, random.key(1), shape, action_dim),)
+        if not hasattr(config, "target_period"):
+            noise_shape = (*shape, action_dim) if period else (2, *shape, action_dim)
+            arguments += (random.normal(random.key(2), noise_shape),)
+        update = lambda carry, _: (module.learn(config, *carry, *arguments)[:2], None)
+        updates = config.steps_per_epoch
+        length = updates // (period or 1)
+    every = lambda carry: jax.lax.scan(update, carry, length=length)[0]
+    serve(compiled(every, (state.params, state.opt_state)), updates)
 
 
-def worker_svg_floor(fields):
-    """The same of SVG with a learned model: an update is one of the policy, with those of the model before it."""
+def worker_skeleton(hidden, updates):
+    """Serve the matrix products of TD3's updates in the same scans, and nothing else."""
     import jax
     import jax.numpy as jnp
 
-    from common import devices
+    _, config = load("td3", hidden_sizes=[hidden, hidden])
 
-    module, config = load("svg", **fields)
-    epoch = prepare(module, config)
-    state = jax.jit(module.init)(config, jax.random.key(0))
-    shape = config.model_steps, config.batch_size
-    batches = module.buffer_sample(state.buffer, jax.random.key(1), shape, len(module.make_env(config)[2]))
-    starts, noises = module.draw(config, state.params.model, state.buffer, jax.random.key(2))
+    def forward(weights, x):
+        layers = [x]
+        for w in weights:
+            layers.append(layers[-1] @ w)
+        return layers
+
+    def backward(weights, layers):
+        """Products that give the derivatives with respect to weights, and to the input of the first layer."""
+        g, products = layers[-1], []
+        for w, x in zip(weights[::-1], layers[-2::-1], strict=True):
+            products.append(x.T @ g)
+            g = g @ w.T
+        return products[::-1], g
+
+    def moved(weights, products):
+        return [w + 1e-9 * p for w, p in zip(weights, products, strict=True)]
+
+    def update_critics(carry, _):
+        actor, *critics = carry
+        next_inputs = inputs + 1e-6 * forward(actor, obs)[-1]  # the target policy's action
+        targets = sum(forward(critic, next_inputs)[-1] for critic in critics)
+        layers = [forward(critic, inputs + 1e-6 * targets) for critic in critics]
+        return (actor, *(moved(c, backward(c, x)[0]) for c, x in zip(critics, layers, strict=True))), None
 
     def update(carry, _):
-        fit = lambda carry, batch: (module.update_model(config, *carry, batch)[:2], None)
-        carry = jax.lax.scan(fit, carry, batches)[0]
-        return module.update_actor(config, *carry, starts, noises)[:2], None
+        (actor, critic, other), _ = jax.lax.scan(update_critics, carry, length=config.policy_delay)
+        layers = forward(actor, obs)
+        values = forward(critic, inputs + 1e-6 * layers[-1])
+        g = values[-1]
+        for w in critic[::-1]:
+            g = g @ w.T
+        layers[-1] = g[:, -1:]
+        return (moved(actor, backward(actor, layers)[0]), critic, other), None
 
-    updates = lambda carry: jax.lax.scan(update, carry, length=config.iterations_per_epoch)[0]
-    carry = jax.tree.map(jnp.copy, (state.params, state.opt_state))
-    updates = jax.jit(updates, compiler_options=devices.cpu_compiler_options())
-    return timed_rates([epoch, lambda: jax.block_until_ready(updates(carry))], config.iterations_per_epoch)
-
-
-def worker_buffer(name, num_seeds):
-    """[updates/s with a buffer of 10,000, with one of 1,000,000]."""
-    loaded = [load(name, buffer_size=size, num_seeds=num_seeds) for size in (10_000, 1_000_000)]
-    work = 200 if name == "svg" else 2000
-    return timed_rates([prepare(*pair, num_seeds) for pair in loaded], work * num_seeds)
-
-
-def worker_rate(name, fields, num_seeds=1):
-    """Updates/s of `num_seeds` seeds."""
-    module, config = load(name, **fields, num_seeds=num_seeds)
-    return timed_rates([prepare(module, config, num_seeds)], config.steps_per_epoch * num_seeds, 3)[0]
+    key = jax.random.key(0)
+    sizes = lambda inputs: [(inputs, hidden), (hidden, hidden), (hidden, 1)]
+    actor, critic, other = ([0.1 * jax.random.normal(key, shape) for shape in sizes(n)] for n in (3, 4, 4))
+    obs, inputs = (jax.random.normal(key, (config.batch_size, n)) for n in (3, 4))
+    every = lambda carry: jax.lax.scan(update, carry, length=updates // config.policy_delay)[0]
+    serve(compiled(every, (actor, critic, jax.tree.map(jnp.negative, other))), updates)
 
 
 def worker_memory(buffer_size, num_seeds):
-    """[peak resident bytes of a run of TD3 with a checkpoint, bytes of its buffers]."""
+    """[peak resident bytes of TD3 with a checkpoint, bytes of its buffers]."""
     import jax
 
     from common import checkpoint, run
@@ -154,73 +197,280 @@ def worker_memory(buffer_size, num_seeds):
         checkpoint.save(saved, 1, position, programs, slots, states)
         states, _ = run.advance(programs, slots, states)
     buffers = sum(x.nbytes for state in states for x in jax.tree.leaves(state.buffer))
-    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, buffers]
+    print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, buffers]))
 
 
-# The table
+def worker_compile(name):
+    """Seconds to trace and compile `train`, with nothing in any cache."""
+    import jax
+
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+    from common import devices
+
+    module = importlib.import_module(f"algorithms.{name}")
+    config = module.Config()
+    devices.set_up_backend(1, devices.largest_product(config))
+    key = jax.random.key(0)
+    start = time.perf_counter()
+    jax.jit(module.train, compiler_options=devices.cpu_compiler_options()).lower(config, key).compile()
+    print(time.perf_counter() - start)
 
 
-def work(name, *args, prefix=()):
-    """Run a worker in a fresh process and return what it prints."""
-    command = [*prefix, sys.executable, __file__, "--worker", name, json.dumps(args)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+# Measuring
+
+
+def command_of(name, *args, prefix=()):
+    """The command of a worker."""
+    return [*prefix, sys.executable, __file__, "--worker", name, json.dumps(args)]
+
+
+def answer(command):
+    """The JSON value that a command prints last."""
+    done = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def take_turns(turns, *commands):
+    """`[(updates/s, peak bytes)]` of serving commands that take turns: medians of all turns but the first."""
+    processes = []
+    for command in commands:
+        words = [str(word) for word in command]
+        processes.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        heard(processes[-1])  # ready, before the next one starts
+    turns = [[ask(process) for process in processes] for _ in range(turns + 1)][1:]
+    for process in processes:
+        process.stdin.close()
+        process.wait()
+    return [
+        (statistics.median(x["updates"] / x["seconds"] for x in column), max(x["peak"] for x in column))
+        for column in zip(*turns, strict=True)
+    ]
+
+
+def ask(process):
+    """One turn of a serving process."""
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return heard(process)
+
+
+def heard(process):
+    """The next line of JSON that a process prints."""
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit(f"{process.args}: ended with exit code {process.wait()}")
+
+
+def install(folder):
+    """`{peer: Python}` of environments in `folder`, made where they are absent."""
+    pythons = {}
+    for peer, packages in PEERS.items():
+        home = Path(folder).resolve() / peer
+        if not home.exists():
+            subprocess.run([sys.executable, "-m", "venv", home], check=True)
+            subprocess.run([home / "bin" / "pip", "install", "--quiet", *packages], check=True)
+        pythons[peer] = home / "bin" / "python"
+    return pythons
+
+
+def updates_row(name, what, value, text, ratio):
+    """A row whose value is a rate."""
+    row = {"algorithm": name, "what": what, "measured": f"{value:,.0f} updates/s", "beside": text}
+    return row | {"value": value, "ratio": ratio}
+
+
+def measure_peers(turns, pythons):
+    """Updates a second, and peak memory, on the same work as each peer."""
+    cases = [  # algorithm, hidden, buffer, seeds, peers and the steps of a turn of each
+        ("td3", 64, 50_000, 1, {"rejax": 4000, "sbx": 2000, "sb3": 500}),
+        ("sac", 64, 50_000, 1, {"rejax": 4000, "sbx": 2000, "sb3": 500}),
+        ("td3", 256, 50_000, 1, {"rejax": 1500, "sbx": 600, "sb3": 200}),
+        ("sac", 256, 50_000, 1, {"rejax": 1500, "sbx": 600, "sb3": 200}),
+        ("td3", 64, 1_000_000, 1, {"rejax": 1000}),
+        ("td3", 64, 50_000, 8, {"rejax": 2000}),
+        ("sac", 64, 50_000, 8, {"rejax": 2000}),
+    ]
+    for name, hidden, buffer, seeds, steps in cases if pythons else ():
+        fields = {"hidden_sizes": [hidden, hidden], "buffer_size": buffer}
+        fields |= {"steps_per_epoch": 1000} if hidden == 256 or seeds > 1 else {}
+        commands = [command_of("epochs", name, fields | {"num_envs": n}, seeds) for n in (8, 1)]
+        for peer, number in steps.items():
+            script = [pythons[peer], ROOT / "results" / "peers.py", peer, name.upper()]
+            commands.append([*script, hidden, buffer, seeds, number])
+        (ours, peak), (one_env, _), *theirs = take_turns(turns, *commands)
+        many = f"{seeds} seeds, " if seeds > 1 else ""
+        for peer, (rate, peer_peak) in zip(steps, theirs, strict=True):
+            text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f} ({one_env / rate:.1f} x with num_envs 1); "
+            text += f"memory {peak / 2**20:,.0f} MiB, {peer_peak / 2**20:,.0f} MiB"
+            what = f"{many}{hidden} x {hidden}, buffer of {buffer:,}"
+            yield updates_row(name, what, ours, text, ours / rate)
+
+
+def measure_goal(turns, pythons):
+    """Seconds from the start of a process, with empty caches, to a greedy return of GOAL: medians of three seeds."""
+    for name in ("td3", "sac"):
+        spent = {peer: [] for peer in ("ours", *pythons)}
+        for seed in range(3):
+            spent["ours"].append(seconds_to_goal(name, seed))
+            for peer in pythons:
+                script = [pythons[peer], ROOT / "results" / "peers.py", peer, name.upper()]
+                reached = answer([*script, 64, 50_000, 0 if peer == "rejax" else seed, 20_000, "--until", GOAL])
+                spent[peer].append(reached["seconds"] if reached else float("inf"))
+        ours = statistics.median(spent["ours"])
+        said = {peer: statistics.median(seconds) for peer, seconds in spent.items() if peer != "ours"}
+        texts = [
+            f"{NAMES[p]} {s:.0f} s" if s < float("inf") else f"{NAMES[p]} not in 20,000 steps" for p, s in said.items()
+        ]
+        row = {"algorithm": name, "what": f"process start to a return of {GOAL}", "measured": f"{ours:.1f} s"}
+        yield row | {"beside": ", ".join(texts), "value": ours, "ratio": min(said.values(), default=None)}
+
+
+def seconds_to_goal(name, seed):
+    """Of the command line, from its start, with nothing in its cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "algorithms" / f"{name}.py", "--seed", str(seed), "--total-steps", "20000"]
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=folder, env=os.environ | cache_in(f"{folder}/cache")
+        )
+        for line in process.stdout:
+            found = re.search(r"return (-[\d.]+)", line)
+            if found and float(found[1]) >= GOAL:
+                seconds = time.perf_counter() - start
+                process.kill()
+                process.wait()
+                return seconds
+    return float("inf")
+
+
+def cache_in(folder):
+    """The environment that keeps compiled programs in `folder`."""
+    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+
+
+def measure_floor(turns, pythons):
+    """Whole epochs beside their updates alone on one fixed batch."""
+    for name in ALGORITHMS:
+        for hidden in (64, 256):
+            fields = {"hidden_sizes": [hidden, hidden]}
+            if name != "svg":
+                fields |= {"steps_per_epoch": 2000 if hidden == 64 else 1000}
+            commands = command_of("epochs", name, fields), command_of("floor", name, fields)
+            (whole, _), (floor, _) = take_turns(turns, *commands)
+            text = f"{whole / floor:.2f} of the update-only floor, {floor:,.0f}"
+            yield updates_row(name, f"one seed, {hidden} x {hidden}", whole, text, whole / floor)
+
+
+def measure_skeleton(turns, pythons):
+    """TD3 beside the matrix products of its updates alone."""
+    for hidden in (64, 256):
+        fields = {"hidden_sizes": [hidden, hidden], "steps_per_epoch": 2000 if hidden == 64 else 1000}
+        products = command_of("skeleton", hidden, fields["steps_per_epoch"])
+        (whole, _), (skeleton, _) = take_turns(turns, command_of("epochs", "td3", fields), products)
+        text = f"{whole / skeleton:.2f} of its matrix products alone, {skeleton:,.0f}"
+        yield updates_row("td3", f"one seed, {hidden} x {hidden}", whole, text, whole / skeleton)
+
+
+def measure_buffer(turns, pythons):
+    """A buffer of a million transitions beside one of ten thousand."""
+    for name in ALGORITHMS:
+        for seeds in (1, 8) if name == "td3" else (1,):
+            sizes = 10_000, 1_000_000
+            commands = [command_of("epochs", name, {"buffer_size": size}, seeds) for size in sizes]
+            (small, _), (large, _) = take_turns(turns, *commands)
+            text = f"{large / small:.2f} of that with a buffer of 10,000, {small:,.0f}"
+            what = f"{'one seed' if seeds == 1 else f'{seeds} seeds'}, buffer of 1,000,000"
+            yield updates_row(name, what, large, text, large / small)
+
+
+def measure_seeds(turns, pythons):
+    """Many runs beside few."""
+    fields = {"steps_per_epoch": 1000}
+    grid = {"learning_rate": [3e-4, 1e-3, 3e-3], "gamma": [0.95, 0.98, 0.99]}
+    one, eight, many, plain, swept = take_turns(
+        turns,
+        command_of("epochs", "td3", fields, prefix=SINGLE_CORE),
+        *(command_of("epochs", "td3", fields, seeds) for seeds in (8, 32, 36)),
+        command_of("epochs", "td3", fields, 4, grid),
+    )
+    (one, _), (eight, _), (many, _), (plain, _), (swept, _) = one, eight, many, plain, swept
+    cores = f"on {os.cpu_count()} cores"
+    text = f"{eight / one:.2f} x one seed on one core, {one:,.0f}"
+    yield updates_row("td3", f"8 seeds {cores}", eight, text, eight / one)
+    yield updates_row("td3", f"32 seeds {cores}", many, f"{many / eight:.2f} x 8 seeds, {eight:,.0f}", many / eight)
+    text = f"{swept / plain:.2f} x 36 seeds, {plain:,.0f}"
+    yield updates_row("td3", f"a sweep of 3 x 3 cells of 4 seeds {cores}", swept, text, swept / plain)
+
+
+def measure_hosts(turns, pythons):
+    """Two processes of one device beside one process of two, by the rate that the command line shows at its end."""
+    rates = {1: [], 2: []}
+    for turn in range(turns + 1):
+        for processes in rates:
+            with tempfile.TemporaryDirectory() as folder:
+                rates[processes].append(command_rate(processes, folder, 29_500 + turn))
+    one, two = (statistics.median(rates[processes][1:]) for processes in (1, 2))
+    text = f"{two / one:.2f} x one process of two devices, {one:,.0f}"
+    yield updates_row("td3", "8 seeds, two processes of one device", two, text, two / one)
+
+
+def command_rate(num_processes, folder, port):
+    """Steps a second of 8 seeds of TD3 by the command line, compiling left out."""
+    command = [sys.executable, ROOT / "algorithms" / "td3.py", "--num-seeds", 8, "--total-steps", 11_000]
+    command += ["--steps-per-epoch", 5000, "--no-plot", "--out", folder]
+    many = ["--distributed", "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", num_processes]
+    processes = []
+    for i in range(num_processes):
+        words = [str(word) for word in ([*command, *many, "--process-id", i] if num_processes > 1 else command)]
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": str(2 // num_processes)}
+        processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env))
+    said = [process.communicate()[0] for process in processes]
+    return float(re.findall(r"([\d,]+) steps/s", said[0])[-1].replace(",", ""))
+
+
+def measure_memory(turns, pythons):
+    """Peak memory with large buffers."""
+    peak, buffers = answer(command_of("memory", 1_000_000, 8))
+    text = f"{(peak - buffers) / 2**30:.2f} GiB more than the buffers, {buffers / 2**30:.2f} GiB"
+    row = {"algorithm": "td3", "what": "peak memory, 8 seeds, buffers of 1,000,000", "beside": text}
+    yield row | {"measured": f"{peak / 2**30:.2f} GiB", "value": peak, "ratio": peak / buffers}
+
+
+def measure_compile(turns, pythons):
+    """Seconds to trace and compile `train`."""
+    for name in EVERY_ALGORITHM:
+        seconds = statistics.median(answer(command_of("compile", name)) for _ in range(turns))
+        row = {"algorithm": name, "what": "trace and compile `train`", "measured": f"{seconds:.1f} s", "beside": ""}
+        yield row | {"value": seconds, "ratio": None}
+
+
+def measure_command(turns, pythons):
+    """Wall seconds of the README's command, everything included."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = [command_seconds(f"{folder}/cache{i}", folder) for i in range(turns)]
+        later = [command_seconds(f"{folder}/cache0", folder) for _ in range(turns)]
+    first, later = statistics.median(first), statistics.median(later)
+    row = {
+        "algorithm": "td3",
+        "what": "`python algorithms/td3.py --seed 0`",
+        "measured": f"{first:.1f} s the first time",
+    }
+    yield row | {"beside": f"{later:.1f} s from the second time on", "value": first, "ratio": later / first}
 
 
 def command_seconds(cache, folder):
-    """Wall seconds of the README's command, everything included."""
+    """Wall seconds of one call."""
     start = time.perf_counter()
     command = [sys.executable, ROOT / "algorithms" / "td3.py", "--seed", "0"]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder, env=environment)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder, env=os.environ | cache_in(cache))
     return time.perf_counter() - start
 
 
-def rejax_rate(python, name, hidden, buffer_size, steps):
-    """Updates/s of rejax's algorithm (see `results/rejax_rate.py`)."""
-    command = [python, ROOT / "results" / "rejax_rate.py", name.upper(), steps, 1, buffer_size, hidden]
-    done = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.split()[2])
+GROUPS = {name.removeprefix("measure_"): f for name, f in list(globals().items()) if name.startswith("measure_")}
 
 
-def measure(rejax, rounds):
-    """Yield the rows `(algorithm, what, value, comparison)` of the table."""
-    for name in ALGORITHMS:
-        for hidden in (64, 256):
-            sizes = {"hidden_sizes": [hidden, hidden]}
-            if name == "svg":
-                whole, floor = work("svg_floor", sizes)
-            else:
-                whole, floor = work("floor", name, sizes | {"steps_per_epoch": 1000})
-            text = f"{whole / floor:.2f} of the update-only floor, {floor:,.0f}"
-            yield name, f"one seed, {hidden} x {hidden}", f"{whole:,.0f} updates/s", text
-        for num_seeds in (1, 8):
-            small, large = work("buffer", name, num_seeds)
-            text = f"{large / small:.2f} of that with a buffer of 10,000, {small:,.0f}"
-            what = f"{'one seed' if num_seeds == 1 else f'{num_seeds} seeds'}, buffer of 1,000,000"
-            yield name, what, f"{large:,.0f} updates/s", text
-    pairs = [(work("rate", "td3", {}, 8), work("rate", "td3", {}, 1, prefix=SINGLE_CORE)) for _ in range(rounds)]
-    eight, one = (statistics.median(column) for column in zip(*pairs, strict=True))
-    text = f"{eight / one:.2f} x one seed on one core, {one:,.0f}"
-    yield "td3", f"8 seeds on {os.cpu_count()} cores", f"{eight:,.0f} updates/s", text
-    beside = [("td3", 64, 50_000, 6000), ("td3", 64, 1_000_000, 2000), ("td3", 256, 50_000, 3000)]
-    beside += [("sac", 64, 50_000, 6000), ("sac", 256, 50_000, 3000)]
-    for name, hidden, buffer_size, steps in beside if rejax else ():
-        fields = {"hidden_sizes": [hidden, hidden], "buffer_size": buffer_size}
-        rates = [], [], []
-        for _ in range(rounds):
-            rates[0].append(work("rate", name, fields))
-            rates[1].append(work("rate", name, fields | {"num_envs": 1}))
-            rates[2].append(rejax_rate(rejax, name, hidden, buffer_size, steps))
-        ours, one_env, theirs = map(statistics.median, rates)
-        text = f"{ours / theirs:.1f} x rejax 0.1.3, {theirs:,.0f} ({one_env / theirs:.1f} x with num_envs 1)"
-        yield name, f"one seed, {hidden} x {hidden}, buffer of {buffer_size:,}", f"{ours:,.0f} updates/s", text
-    peak, buffers = work("memory", 1_000_000, 8)
-    text = f"{(peak - buffers) / 2**30:.2f} GiB more than the buffers, {buffers / 2**30:.2f} GiB"
-    yield "td3", "peak memory, 8 seeds, buffers of 1,000,000", f"{peak / 2**30:.2f} GiB", text
-    with tempfile.TemporaryDirectory() as folder:
-        first, *later = (command_seconds(f"{folder}/cache", folder) for _ in range(4))
-    text = f"{statistics.median(later):.1f} s from the second time on"
-    yield "td3", "`python algorithms/td3.py --seed 0`", f"{first:.1f} s the first time", text
+# The table
 
 
 def machine():
@@ -233,31 +483,49 @@ def machine():
     return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {versions}"
 
 
-def main():
-    """Parse the command line; measure; write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rejax", help="Python interpreter of an environment with rejax")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of processes that are compared, 3 by default")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        name, args = arguments.worker
-        print(json.dumps(globals()[f"worker_{name}"](*json.loads(args))))
-        return
-    options = "--rejax ENV/bin/python " if arguments.rejax else ""
+def table(measured):
+    """The table in Markdown."""
     lines = [
-        "Pendulum-v1, the default configurations but for what is named; one update for each environment step. svg: a",
-        "learned model: one update of the policy, from 64 rollouts, with 8 of the model, for 20 environment steps.",
-        f"`python results/benchmark.py {options}--rounds {arguments.rounds}`",
-        f"on {machine()}.",
+        "Pendulum-v1, the default configurations but for what is named; one update for each environment step.",
+        "svg learns its model: an update of the policy, from 64 rollouts, and 8 of the model for 20 environment steps.",
+        f"Medians of {measured['turns']} turns. {', '.join(measured['peers']) or 'Peers not measured'}. {ABSENT}",
+        "`python results/benchmark.py --peers FOLDER`",
+        f"on {measured['machine']}.",
         "",
         "| algorithm | what | measured | beside |",
         "|---|---|---|---|",
     ]
-    for row in measure(arguments.rejax, arguments.rounds):
-        lines.append(f"| {' | '.join(row)} |")
-        print(lines[-1], flush=True)
-    (ROOT / "results" / "benchmark.md").write_text("\n".join(lines) + "\n")
+    rows = [row for group in GROUPS for row in measured["groups"].get(group, ())]
+    return lines + [f"| {row['algorithm']} | {row['what']} | {row['measured']} | {row['beside']} |" for row in rows]
+
+
+def main():
+    """Parse the command line; measure; write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", help="folder of the peers' environments")
+    parser.add_argument("--turns", type=int, default=5, help="turns of which a figure is the median, 5 by default")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to measure")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        name, args = arguments.worker
+        globals()[f"worker_{name}"](*json.loads(args))
+        return
+    pythons = install(arguments.peers) if arguments.peers else {}
+    path = ROOT / "results" / "benchmark.json"
+    measured = json.loads(path.read_text()) if path.exists() else {"groups": {}, "peers": []}
+    measured |= {"machine": machine(), "turns": arguments.turns}
+    if pythons:
+        measured["peers"] = [package for packages in PEERS.values() for package in packages if "gymnas" not in package]
+    for group in arguments.only:
+        measured["groups"][group] = []
+        for row in GROUPS[group](arguments.turns, pythons):
+            measured["groups"][group].append(row)
+            print(f"| {row['algorithm']} | {row['what']} | {row['measured']} | {row['beside']} |", flush=True)
+            path.write_text(json.dumps(measured, indent=1) + "\n")
+    readme = ROOT / "results" / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text("\n".join([before + BEGIN, *table(measured), END + rest.split(END)[1]]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""Peers on the work of `results/benchmark.py`, each run by the Python of an environment of its own.
+
+    python results/peers.py {rejax,sbx,sb3} {TD3,SAC} HIDDEN BUFFER SEEDS STEPS
+    python results/peers.py {rejax,sbx,sb3} {TD3,SAC} HIDDEN BUFFER SEEDS STEPS --until RETURN
+
+The first form makes ready, prints a line of JSON, and for each line that it reads trains for STEPS and prints how many
+updates that were in how many seconds. The second prints the environment steps and the seconds from its start until a
+greedy evaluation, one for each thousand steps, reaches RETURN. Pendulum-v1, batch 256, one environment, one update for
+each environment step, learning rate 0.001, gamma 0.99.
+"""
+
+import time
+
+BEGUN = time.perf_counter()
+
+import importlib  # noqa: E402, the clock starts first
+import importlib.metadata  # noqa: E402
+import json  # noqa: E402
+import resource  # noqa: E402
+import sys  # noqa: E402
+
+WARMUP = 1000  # steps that only act
+EVERY = 1000  # steps between evaluations
+EPISODES = 16  # of an evaluation
+
+
+def rejax_train(name, hidden, buffer, seeds, steps, eval_freq):
+    """rejax's compiled training of all seeds, and its keys."""
+    import flax.linen as nn
+    import jax
+    import rejax
+
+    algorithm = getattr(rejax, name).create(
+        env="Pendulum-v1",
+        total_timesteps=steps,
+        eval_freq=eval_freq,
+        buffer_size=buffer,
+        fill_buffer=WARMUP,
+        batch_size=256,
+        num_envs=1,
+        num_epochs=1,
+        learning_rate=1e-3,
+        gamma=0.99,
+        polyak=0.995,
+        skip_initial_evaluation=True,
+    )
+    wide = {"hidden_layer_sizes": (hidden, hidden), "activation": nn.relu}
+    algorithm = algorithm.replace(actor=algorithm.actor.clone(**wide), critic=algorithm.critic.clone(**wide))
+    keys = jax.random.split(jax.random.PRNGKey(0), seeds)
+    train = jax.jit(jax.vmap(algorithm.train)) if seeds > 1 else jax.jit(lambda k: algorithm.train(k[0]))
+    return train.lower(keys).compile(), keys
+
+
+def rejax_turns(name, hidden, buffer, seeds, steps):
+    """A turn trains from scratch; the steps that fill the buffer count in its time, not in its updates."""
+    import jax
+
+    train, keys = rejax_train(name, hidden, buffer, seeds, steps + WARMUP, steps + WARMUP)
+    return lambda: jax.block_until_ready(train(keys))
+
+
+def rejax_until(name, hidden, buffer, seeds, steps, goal):
+    """Its training cannot be stopped: the time until its end, less the share of the steps after the goal."""
+    import jax
+
+    train, keys = rejax_train(name, hidden, buffer, 1, steps, EVERY)
+    ready = time.perf_counter()
+    _, (_, returns) = jax.block_until_ready(train(keys))
+    spent = time.perf_counter() - ready
+    reached = [i + 1 for i, r in enumerate(returns.mean(axis=-1).ravel().tolist()) if r >= goal]
+    if not reached:
+        return None
+    return {"steps": reached[0] * EVERY, "seconds": ready - BEGUN + spent * reached[0] * EVERY / steps}
+
+
+def torch_model(library, name, hidden, buffer, seed=0):
+    """A model of Stable-Baselines3 or SBX, and its environment's module."""
+    import gymnasium
+    import numpy as np
+    from stable_baselines3.common.noise import NormalActionNoise
+
+    model_class = getattr(importlib.import_module({"sbx": "sbx", "sb3": "stable_baselines3"}[library]), name)
+    noise = {"action_noise": NormalActionNoise(np.zeros(1), 0.1 * np.ones(1))} if name == "TD3" else {}
+    return model_class(
+        "MlpPolicy",
+        gymnasium.make("Pendulum-v1"),
+        seed=seed,
+        policy_kwargs={"net_arch": [hidden, hidden]},
+        learning_starts=WARMUP,
+        batch_size=256,
+        buffer_size=buffer,
+        gamma=0.99,
+        tau=0.005,
+        learning_rate=1e-3,
+        train_freq=1,
+        gradient_steps=1,
+        **noise,
+    )
+
+
+def torch_turns(library, name, hidden, buffer, seeds, steps):
+    """A turn goes on where the one before ended."""
+    model = torch_model(library, name, hidden, buffer)
+    model.learn(WARMUP + 100)
+    return lambda: model.learn(steps, reset_num_timesteps=False)
+
+
+def torch_until(library, name, hidden, buffer, seed, steps, goal):
+    """Evaluates after every thousand steps."""
+    import gymnasium
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    model = torch_model(library, name, hidden, buffer, seed)
+    for done in range(EVERY, steps + 1, EVERY):
+        model.learn(EVERY, reset_num_timesteps=False)
+        mean, _ = evaluate_policy(model, gymnasium.make("Pendulum-v1"), EPISODES, warn=False)
+        if mean >= goal:
+            return {"steps": done, "seconds": time.perf_counter() - BEGUN}
+    return None
+
+
+def main():
+    """Answer the command line."""
+    library, name = sys.argv[1:3]
+    hidden, buffer, seeds, steps = map(int, sys.argv[3:7])
+    if sys.argv[7:]:
+        goal = float(sys.argv[8])
+        reached = (
+            rejax_until(name, hidden, buffer, seeds, steps, goal)
+            if library == "rejax"
+            else torch_until(library, name, hidden, buffer, seeds, steps, goal)
+        )
+        print(json.dumps(reached))
+        return
+    make = rejax_turns if library == "rejax" else lambda *sizes: torch_turns(library, *sizes)
+    turn = make(name, hidden, buffer, seeds, steps)
+    print(json.dumps({"ready": time.perf_counter() - BEGUN}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        turn()
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"updates": steps * seeds, "seconds": seconds, "peak": peak}), flush=True)
+
+
+main()
