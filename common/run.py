@@ -213,7 +213,7 @@ def compile_programs(config, init, epoch, num_runs, per_device=None):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             return dict(zip(own, pool.map(lambda x: x.compile(), lowered), strict=True))
 
-    configs = jax.tree.map(np.float32, config)
+    configs = jax.tree.map(lambda x: np.zeros((), leaf_type(x)), config)
     state = jax.eval_shape(init, config, jax.random.key(0))
     compiled = compile_for_each(seeded_init, configs, np.int32(0)), compile_for_each(checked_epoch, configs, state)
     return Programs(*compiled, used, per_device)
@@ -258,6 +258,7 @@ def train(init, epoch, runs, home, grid, options):
     with show_progress(total * len(runs), unit) as progress:
         limit = devices.memory()
         programs, round_size = compile_to_fit(runs[0].config, init, epoch, len(runs) - first, limit)
+        devices.synchronize("compiled")
         if round_size < len(runs) - first:
             tell(f"memory holds {round_size:,} of {len(runs) - first:,} runs at a time: they are trained in rounds")
         while first < len(runs):
@@ -284,9 +285,9 @@ def tell(line):
 def train_round(programs, runs, position, saved, interrupted, progress):
     """Train runs `position.first` to `position.last - 1` to their end or an interrupt; return how far each came."""
     before, done, runs = position.first, position.done, runs[position.first : position.last]
-    _, start_at, per_epoch, total = work(runs[0].config)
+    _, begin, per_epoch, total = work(runs[0].config)
     slots = place(programs, runs)
-    rows = {i: record.read_rows(folder(runs[i]), (done - start_at) // per_epoch) for slot in slots for i in slot.places}
+    rows = {i: record.read_rows(folder(runs[i]), (done - begin) // per_epoch) for slot in slots for i in slot.places}
     states = checkpoint.restore(saved, position, programs, slots) if position.at_once else start(programs, slots)
 
     def save():
@@ -302,9 +303,8 @@ def train_round(programs, runs, position, saved, interrupted, progress):
             for k, i in enumerate(slot.places):
                 rows[i].append(record.metrics_row(jax.tree.map(lambda x, k=k: x[k], metrics), finite[k]))
         done += per_epoch
-        progress(
-            before * total + done * len(runs), np.mean([rows[i][-1]["eval_return_mean"] for i in rows] or math.nan)
-        )
+        returns = [row[-1]["eval_return_mean"] for row in rows.values()]
+        progress(before * total + done * len(runs), np.mean(returns or math.nan))
         due = time.monotonic() - last_save >= save_seconds / CHECKPOINT_SHARE
         stop, due = devices.any_says(interrupted.is_set(), due)  # all processes save together
         if due and done < total and not stop:
@@ -324,10 +324,15 @@ def place(programs, runs):
         if device in programs.epoch:
             places = list(range(len(runs)))[first : first + size]
             chosen = [runs[i] for i in places + places[-1:] * (size - len(places))]
-            configs = jax.tree.map(lambda *x: np.array(x, np.float32), *(run.config for run in chosen))
+            configs = jax.tree.map(lambda *x: np.array(x, leaf_type(x[0])), *(run.config for run in chosen))
             seeds = np.array([run.seed for run in chosen], np.int32)
             slots.append(Slot(device, wave, places, *jax.device_put((configs, seeds), device)))
     return slots
+
+
+def leaf_type(x):
+    """The type of a hyperparameter on a device."""
+    return np.float32 if isinstance(x, float) else jnp.result_type(x)
 
 
 def start(programs, slots):

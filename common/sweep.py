@@ -45,7 +45,7 @@ def parse(config, words):
             cli.fail(f"--sweep {word}: no field {name}; these can be swept: {', '.join(leaves)}")
         if name in grid:
             cli.fail(f"--sweep {word}: {name} is swept twice")
-        grid[name] = [parse_value(word, value) for value in values.split(",")]
+        grid[name] = [parse_value(word, value, type(getattr(config, name))) for value in values.split(",")]
         for value in grid[name]:
             cli.check_value(name, value)
         if len(set(grid[name])) < len(grid[name]):
@@ -53,12 +53,12 @@ def parse(config, words):
     return grid
 
 
-def parse_value(word, text):
-    """The number that `text` stands for."""
+def parse_value(word, text, kind):
+    """The number of type `kind` that `text` stands for."""
     try:
-        return float(text)
+        return kind(text)
     except ValueError:
-        cli.fail(f"--sweep {word}: {text!r} is not a number")
+        cli.fail(f"--sweep {word}: {text!r} is not a number of type {kind.__name__}")
 
 
 def cells(config, grid):

@@ -315,7 +315,7 @@ def measure_goal(turns, pythons):
             spent["ours"].append(seconds_to_goal(name, seed))
             for peer in pythons:
                 script = [pythons[peer], ROOT / "results" / "peers.py", peer, name.upper()]
-                reached = answer([*script, 64, 50_000, 0 if peer == "rejax" else seed, 20_000, "--until", GOAL])
+                reached = answer([*script, 64, 50_000, seed, 20_000, "--until", GOAL])
                 spent[peer].append(reached["seconds"] if reached else float("inf"))
         ours = statistics.median(spent["ours"])
         said = {peer: statistics.median(seconds) for peer, seconds in spent.items() if peer != "ours"}
@@ -417,7 +417,7 @@ def measure_hosts(turns, pythons):
 
 def command_rate(num_processes, folder, port):
     """Steps a second of 8 seeds of TD3 by the command line, compiling left out."""
-    command = [sys.executable, ROOT / "algorithms" / "td3.py", "--num-seeds", 8, "--total-steps", 11_000]
+    command = [sys.executable, ROOT / "algorithms" / "td3.py", "--num-seeds", 8, "--total-steps", 21_000]
     command += ["--steps-per-epoch", 5000, "--no-plot", "--out", folder]
     many = ["--distributed", "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", num_processes]
     processes = []
@@ -488,7 +488,8 @@ def table(measured):
     lines = [
         "Pendulum-v1, the default configurations but for what is named; one update for each environment step.",
         "svg learns its model: an update of the policy, from 64 rollouts, and 8 of the model for 20 environment steps.",
-        f"Medians of {measured['turns']} turns. {', '.join(measured['peers']) or 'Peers not measured'}. {ABSENT}",
+        f"Medians of {measured['turns']} turns; memory is the peak of a process, ours before theirs.",
+        f"{', '.join(measured['peers']) or 'Peers not measured'}. {ABSENT}",
         "`python results/benchmark.py --peers FOLDER`",
         f"on {measured['machine']}.",
         "",

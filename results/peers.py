@@ -4,9 +4,9 @@
     python results/peers.py {rejax,sbx,sb3} {TD3,SAC} HIDDEN BUFFER SEEDS STEPS --until RETURN
 
 The first form makes ready, prints a line of JSON, and for each line that it reads trains for STEPS and prints how many
-updates that were in how many seconds. The second prints the environment steps and the seconds from its start until a
-greedy evaluation, one for each thousand steps, reaches RETURN. Pendulum-v1, batch 256, one environment, one update for
-each environment step, learning rate 0.001, gamma 0.99.
+updates that were in how many seconds. The second, in which SEEDS is the seed, prints the environment steps and the
+seconds from its start until a greedy evaluation, one for each thousand steps, reaches RETURN. Pendulum-v1, batch 256,
+one environment, one update for each environment step, learning rate 0.001, gamma 0.99.
 """
 
 import time
@@ -59,13 +59,13 @@ def rejax_turns(name, hidden, buffer, seeds, steps):
     return lambda: jax.block_until_ready(train(keys))
 
 
-def rejax_until(name, hidden, buffer, seeds, steps, goal):
+def rejax_until(name, hidden, buffer, seed, steps, goal):
     """Its training cannot be stopped: the time until its end, less the share of the steps after the goal."""
     import jax
 
-    train, keys = rejax_train(name, hidden, buffer, 1, steps, EVERY)
+    train, _ = rejax_train(name, hidden, buffer, 1, steps, EVERY)
     ready = time.perf_counter()
-    _, (_, returns) = jax.block_until_ready(train(keys))
+    _, (_, returns) = jax.block_until_ready(train(jax.random.split(jax.random.PRNGKey(seed), 1)))
     spent = time.perf_counter() - ready
     reached = [i + 1 for i, r in enumerate(returns.mean(axis=-1).ravel().tolist()) if r >= goal]
     if not reached:

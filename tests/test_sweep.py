@@ -53,7 +53,7 @@ def test_cells_are_plain_runs(monkeypatch, capsys, tmp_path):
         ("env=Pendulum-v1", "env shapes the compiled program"),
         ("gama=0.9", "no field gama; these can be swept: learning_rate, gamma, tau"),
         ("gamma", "must be FIELD=VALUE"),
-        ("gamma=", "'' is not a number"),
+        ("gamma=", "'' is not a number of type float"),
         ("gamma=0.9,high", "'high' is not a number"),
         ("gamma=0.9,1.5", "--gamma 1.5: must be in [0, 1]"),
         ("gamma=0.9,0.90", "a value stands twice"),
