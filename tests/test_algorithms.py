@@ -180,11 +180,14 @@ def test_trains_on_pendulum(name):
     check_run(CONFIGS[name], *TRAIN[name](CONFIGS[name], random.key(0)))
 
 
-@every_algorithm
+ENVS = ("MountainCarContinuous-v0", "PointRobot-misc", "Reacher-misc", "Swimmer-misc", "Table-test")
+
+
 @pytest.mark.parametrize(
-    "env", ["MountainCarContinuous-v0", "PointRobot-misc", "Reacher-misc", "Swimmer-misc", "Table-test"]
+    ("env", "name"), [(env, "td3") for env in ENVS] + [("Swimmer-misc", name) for name in ALGORITHMS if name != "td3"]
 )
 def test_trains_on(env, name):
+    """One file on every environment, since all say word for word the same of them; two actions in every file."""
     config = replace(CONFIGS[name], env=env, num_eval_episodes=1)
     check_run(config, *quick_jit(ALGORITHMS[name].train)(config, random.key(0)))
 
@@ -268,10 +271,7 @@ def test_comes_close_to_the_best_linear_quadratic_cost(name):
     ("name", "old", "new"),
     [
         ("ddpg", "return -critic(", "return critic("),
-        ("ddpg", "batch.reward + config.gamma", "-batch.reward + config.gamma"),
-        ("sac", "* log_prob - q).mean()", "* log_prob + q).mean()"),
         ("sac", "next_q - jnp.exp", "-next_q - jnp.exp"),
-        ("sac_value", "* log_prob - q).mean()", "* log_prob + q).mean()"),
         ("sac_value", "- config.alpha * log_prob", "- 100 * config.alpha * log_prob"),
     ],
 )
@@ -357,7 +357,8 @@ assert jax.numpy.isfinite(metrics.eval_returns).all()
 print({name}.__file__, metrics.step.tolist())
 """
     command = [sys.executable, "-I", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ.copy())
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     steps = {"reinforce": [1024, 2048], "svg": [100, 200]}.get(name, [80, 96] if name in CONFIGS else [200, 200])
     assert done.stdout.split(maxsplit=1) == [str(tmp_path / f"{name}.py"), f"{steps}\n"]

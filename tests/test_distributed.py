@@ -6,8 +6,7 @@ import socket
 import subprocess
 
 import pytest
-
-from tests.test_run import command, contents, group
+from test_run import command, contents, group
 
 RUN = ["--num-seeds", "3", "--total-steps", "1152"]  # long enough to be stopped
 

@@ -720,7 +720,7 @@ def test_recovers_the_riccati_matrix(tmp_path, name, dims):
     np.testing.assert_allclose(constant, 0.9 * solution.offset, atol=0.01)
 
 
-@pytest.mark.parametrize("dims", [1, 2, 4])
+@pytest.mark.parametrize("dims", [1, 4])
 @pytest.mark.parametrize("name", ["fqi_amortized", "nfqca"])
 def test_amortized_policies_come_close_to_the_best_linear_quadratic_cost(name, dims):
     module, params = FAMILY[name], lqr.system(dims)

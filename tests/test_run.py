@@ -109,7 +109,7 @@ def test_files_hold_what_train_returns(unbroken, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("devices", "flags"), [("1", "--seed 2"), ("1", "--num-seeds 8"), ("2", "--num-seeds 8")])
+@pytest.mark.parametrize(("devices", "flags"), [("1", "--seed 2"), ("2", "--num-seeds 8")])
 def test_seed_is_bitwise_the_same_in_any_company(unbroken, tmp_path, devices, flags):
     env = os.environ | {"JAX_NUM_CPU_DEVICES": devices}
     done = subprocess.run(command(tmp_path, *flags.split()), env=env, capture_output=True, text=True)
@@ -302,13 +302,13 @@ def check_whole(files):
 
 
 def test_killed_at_random_moments(unbroken, tmp_path):
-    """Five kills, each of a run that resumes what the last one left; then the files of an unbroken run."""
+    """Four kills, each of a run that resumes what the last one left; then the files of an unbroken run."""
     moments = random.Random(0)
     started = time.monotonic()
     subprocess.run(command(tmp_path / "timing", "--num-seeds", "3"), check=True, capture_output=True)
     whole = time.monotonic() - started
     kills = 0
-    while kills < 5:
+    while kills < 4:
         resume = ["--resume"] if (group(tmp_path) / "seed_2" / "config.json").exists() else []
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command(tmp_path, "--num-seeds", "3", *resume), **quiet)

@@ -175,18 +175,11 @@ def test_epoch_of_eight_seeds_vmapped(module, config):
     assert_touches_batches_only(compiled, depth=0, num_seeds=8)
 
 
-def test_epoch_of_eight_seeds_one_after_the_other():
-    """The outermost loop is over seeds: there a buffer is taken from the states and put back, once an epoch."""
-    states = jax.eval_shape(jax.vmap(lambda key: td3.init(CONFIG, key)), seed_keys())
-
-    def epochs(states):
-        return lax.map(lambda state: td3.epoch(CONFIG, state), states)
-
-    compiled = quick_jit(epochs, donate_argnums=0).lower(states).compile()
-    assert_touches_batches_only(compiled, depth=2, num_seeds=10)
-
-
-@every_algorithm
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [(td3, CONFIG), (sac, sac.Config(**SIZES)), (svg, svg.Config(**SVG))],
+    ids=["td3", "sac", "svg"],
+)
 def test_program_for_a_gpu_stays_on_it_and_batches_its_seeds(module, config):
     """Lowered for a GPU, which need not be there: nothing calls the host, and vmapping adds no loop over seeds."""
     state = jax.eval_shape(lambda key: module.init(config, key), seed_key())

@@ -4,10 +4,10 @@ import csv
 
 import numpy as np
 import pytest
+from test_run import contents, execute, group
 
 from algorithms import fqi, td3
 from common import plot, record, sweep
-from tests.test_run import contents, execute, group
 
 GRID = ["--sweep", "learning_rate=0.001,1e-4", "--sweep", "gamma=0.9,0.98"]
 

@@ -230,11 +230,10 @@ def test_learns_pendulum():
     ("old", "new", "num_seeds"),
     [
         ("next_action).min(axis=0)", "next_action).max(axis=0)", 3),
-        ("jnp.clip(actor(params.target_actor", "jnp.clip(-actor(params.target_actor", 3),
         ("(1 - batch.terminated)", "batch.terminated", 1),
         ("return -critic(", "return critic(", 1),
     ],
-    ids=["max", "smoothing sign", "inverted mask", "actor sign"],
+    ids=["max", "inverted mask", "actor sign"],
 )
 def test_does_not_learn_pendulum_with(tmp_path, old, new, num_seeds):
     assert not has_learned(*learn_pendulum(load_broken(td3, tmp_path, old, new), num_seeds))
