@@ -1,9 +1,7 @@
 """Command line of the demonstration of gradient estimators: prints its table, saves its estimates and a figure."""
 
-import csv
 import dataclasses
 import inspect
-import io
 import sys
 from pathlib import Path
 
@@ -83,11 +81,8 @@ def folder_name(config, options):
 
 def write_estimates(path, estimates):
     """Write a column for each estimator, a row for each trial."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(estimates._fields)
-    writer.writerows(np.stack(estimates, axis=1).tolist())
-    record.write_atomic(path, text.getvalue().encode())
+    rows = np.stack(estimates, axis=1).tolist()
+    record.write_rows(path, [dict(zip(estimates._fields, row, strict=True)) for row in rows])
 
 
 def violins(config, estimates, truth):

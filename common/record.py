@@ -122,13 +122,13 @@ def metrics_row(metrics, finite):
     return row | {name: float(getattr(metrics, name)) for name in rest} | {"finite": int(finite)}
 
 
-def write_metrics(folder, rows):
-    """Write `metrics.csv` from rows of `metrics_row`."""
+def write_rows(path, rows):
+    """Write dicts with the same keys as a .csv file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(Path(folder) / "metrics.csv", text.getvalue().encode())
+    write_atomic(Path(path), text.getvalue().encode())
 
 
 def read_metrics(folder):

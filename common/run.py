@@ -357,7 +357,7 @@ def write_runs(runs, slots, states, rows):
         params = jax.device_get(state.params)
         for k, i in enumerate(slot.places):
             if rows[i]:
-                record.write_metrics(folder(runs[i]), rows[i])
+                record.write_rows(folder(runs[i]) / "metrics.csv", rows[i])
             record.write_policy(folder(runs[i]), jax.tree.map(lambda x, k=k: x[k], params))
 
 
@@ -430,7 +430,7 @@ def finish(runs, home, grid, options):
     if grid:
         each = [slice(i, i + options.num_seeds) for i in range(0, len(runs), options.num_seeds)]
         table = sweep.table(grid, [final[i][finite[i]] for i in each], [int((~finite[i]).sum()) for i in each])
-        sweep.write_table(home, table)
+        record.write_rows(home / "sweep.csv", table)
         if not options.no_plot:
             sweep.draw(home, grid, table)
         print(f"greedy return after {total:,} {unit}, interquartile mean of {options.num_seeds} seeds:\n")

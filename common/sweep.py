@@ -7,9 +7,7 @@ Each cell of the grid is a run folder of its own, named after its values; beside
     sweep.png    the interquartile means as a heat map
 """
 
-import csv
 import dataclasses
-import io
 import itertools
 from typing import NamedTuple
 
@@ -17,7 +15,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import cli, plot, record
+from common import cli, plot
 
 
 class Cell(NamedTuple):
@@ -98,15 +96,6 @@ def text(rows):
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def write_table(home, rows):
-    """Write `sweep.csv`."""
-    data = io.StringIO()
-    writer = csv.DictWriter(data, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    record.write_atomic(home / "sweep.csv", data.getvalue().encode())
 
 
 def draw(home, grid, rows):

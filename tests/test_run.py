@@ -401,7 +401,7 @@ def test_iqm_and_interval():
 def test_curve_has_labels_band_and_thin_lines(tmp_path):
     for seed, final in enumerate([1.0, 2.0, 3.0, 4.0]):
         rows = [{"step": s, "eval_return_mean": final * s, "finite": 1} for s in (10, 20)]
-        record.write_metrics(tmp_path / "td3" / "Env" / "run" / f"seed_{seed}", rows)
+        record.write_rows(tmp_path / "td3" / "Env" / "run" / f"seed_{seed}" / "metrics.csv", rows)
     axes = plot.curve(tmp_path / "td3" / "Env" / "run").axes[0]
     assert axes.get_xlabel() == "environment steps"
     assert axes.get_ylabel() == "greedy return (sum of rewards per episode)"
