@@ -43,12 +43,7 @@ def save(manager, step, position, programs, slots, states):
     like = jax.tree.leaves(jax.eval_shape(data, out_info(programs)))
     waves = {}
     for wave in range(math.ceil((position.last - position.first) / (per_device * len(used)))):
-        shards = []
-        for device in programs.epoch:
-            empty = (
-                [jax.device_put(np.zeros(x.shape, x.dtype), device) for x in like] if (wave, device) not in held else 0
-            )
-            shards.append(held.get((wave, device), empty))
+        shards = [held.get((wave, device)) or zeros(like, device) for device in programs.epoch]
         leaves = [
             jax.make_array_from_single_device_arrays((per_device * len(used), *x.shape[1:]), sharding, list(parts))
             for x, *parts in zip(like, *shards, strict=True)
@@ -73,20 +68,28 @@ def restore(manager, position, programs, slots):
     as_numpy = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(like)
     states = {}
     for wave, first in enumerate(range(0, position.last - position.first, position.at_once)):
-        args = ocp.args.PyTreeRestore(item=as_numpy, restore_args=as_numpy)
-        saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(**{f"wave_{wave}": args}))[
-            f"wave_{wave}"
-        ]
+        args = {f"wave_{wave}": ocp.args.PyTreeRestore(item=as_numpy, restore_args=as_numpy)}
+        (saved,) = manager.restore(manager.latest_step(), args=ocp.args.Composite(**args)).values()
         for i in wanted & set(range(first, first + position.at_once)):
             states[i] = [x[i - first] for x in saved]
     restored = []
     for slot in slots:
-        filled = slot.places + slot.places[-1:] * (programs.per_device - len(slot.places))
-        leaves = [np.stack(x) for x in zip(*(states[i] for i in filled), strict=True)]
+        chosen = [states[i] for i in filled(slot.places, programs.per_device)]
+        leaves = [np.stack(x) for x in zip(*chosen, strict=True)]
         leaves = [jax.device_put(x, slot.device) for x in leaves]
         keys = [jax.random.wrap_key_data(x) if is_key(one) else x for x, one in zip(leaves, like, strict=True)]
         restored.append(jax.tree.unflatten(structure, keys))
     return restored
+
+
+def filled(places, per_device):
+    """The runs that a slot works on: its own, and copies of the last one."""
+    return places + places[-1:] * (per_device - len(places))
+
+
+def zeros(like, device):
+    """What stands in a checkpoint for a device without runs."""
+    return [jax.device_put(np.zeros(x.shape, x.dtype), device) for x in like]
 
 
 def out_info(programs):

@@ -323,7 +323,7 @@ def place(programs, runs):
         device = programs.devices[i]
         if device in programs.epoch:
             places = list(range(len(runs)))[first : first + size]
-            chosen = [runs[i] for i in places + places[-1:] * (size - len(places))]
+            chosen = [runs[i] for i in checkpoint.filled(places, size)]
             configs = jax.tree.map(lambda *x: np.array(x, leaf_type(x[0])), *(run.config for run in chosen))
             seeds = np.array([run.seed for run in chosen], np.int32)
             slots.append(Slot(device, wave, places, *jax.device_put((configs, seeds), device)))
