@@ -9,6 +9,19 @@ from scipy import stats
 
 from common import record
 
+COLOURS = {  # of each algorithm, everywhere; told apart by the colour-blind (Okabe and Ito's, and Tol's)
+    "ddpg": "#0072B2",
+    "td3": "#D55E00",
+    "sac_value": "#009E73",
+    "sac": "#CC79A7",
+    "fqi": "#000000",
+    "fqi_amortized": "#E69F00",
+    "nfqca": "#56B4E9",
+    "soft_fqi": "#888888",
+    "svg": "#882255",
+    "reinforce": "#999933",
+}
+
 
 def iqm(values, axis=0):
     """Interquartile mean: the mean without the lowest and the highest quarter."""
@@ -53,13 +66,14 @@ def curve(group):
     algorithm, env = group.parts[-3:-1]
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")  # not pyplot's: it needs no display
     axes = figure.subplots()
-    axes.plot(progress, returns.T, color="tab:blue", linewidth=0.7, alpha=0.35 if len(seeds) > 1 else 0)
+    color = COLOURS.get(algorithm, "tab:blue")  # blue for an algorithm of yours
+    axes.plot(progress, returns.T, color=color, linewidth=0.7, alpha=0.35 if len(seeds) > 1 else 0)
     if finite.any():
         low, high = interval(returns[finite])
         label = f"interquartile mean of {finite.sum()} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-        axes.plot(progress, iqm(returns[finite]), color="tab:blue", linewidth=2, label=label)
+        axes.plot(progress, iqm(returns[finite]), color=color, linewidth=2, label=label)
         if finite.sum() > 1:
-            band = {"color": "tab:blue", "alpha": 0.25, "linewidth": 0}
+            band = {"color": color, "alpha": 0.25, "linewidth": 0}
             axes.fill_between(progress, low, high, label="95 % bootstrap interval", **band)
         axes.legend(loc="lower right")
     diverged = f" ({(~finite).sum()} of {len(seeds)} seeds diverged)" if not finite.all() else ""

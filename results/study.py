@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -61,6 +61,11 @@ def small(run):
     kind = "fitted" if run.algorithm in FITTED else run.algorithm
     flags = f"{run.flags} --hidden-sizes 8 --num-eval-episodes 2 {SMALL.get(kind, SMALL['actor-critic'])}"
     return run._replace(flags=flags, seeds=2)
+
+
+def smaller(cells, *names):
+    """The named cells of many, small; all of them if none is named."""
+    return {label: small(cells[label]) for label in names or cells}
 
 
 def source(run):
@@ -119,3 +124,102 @@ def digest(text):
 def short(x):
     """Six significant digits of a number; whole numbers without a point."""
     return x if isinstance(x, str) else int(x) if float(x).is_integer() else float(f"{x:.6g}")
+
+
+# Rows: dicts with a `label`, read from a .csv file
+
+
+def numbers(rows):
+    """Rows of a .csv file with numbers for what are numbers."""
+
+    def number(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    return [{name: number(text) for name, text in row.items()} for row in rows]
+
+
+def returns(rows, label, column="return"):
+    """`(progress [num_epochs], values [num_seeds, num_epochs])` of a label's seeds, without those that diverged."""
+    seeds = {}
+    for row in rows:
+        if row["label"] == label:
+            seeds.setdefault(row["seed"], []).append(row)
+    kept = [seed for seed in seeds.values() if all(row["finite"] for row in seed)]
+    return np.array([row["progress"] for row in kept[0]]), np.array([[row[column] for row in seed] for seed in kept])
+
+
+def labels(rows):
+    """The labels, in order."""
+    return list(dict.fromkeys(row["label"] for row in rows))
+
+
+def final(rows, label, column="return"):
+    """The last values `[num_seeds]` of a label."""
+    return returns(rows, label, column)[1][:, -1]
+
+
+def estimate(values, digits=1):
+    """Interquartile mean and 95 % bootstrap interval as text."""
+    low, high = plot.interval(values)
+    return f"{plot.iqm(values):,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def table(header, lines):
+    """A table in Markdown of a header and rows of cells."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(str(x) for x in row) + " |" for row in rows)
+
+
+def return_table(rows, digits=1, **columns):
+    """Final return of each label: interquartile mean with its interval, worst seed; `columns` are named further ones.
+
+    Each of `columns` is a function of the label that gives text.
+    """
+    header = ["what", "return at the end", "worst seed", *(name.replace("_", " ") for name in columns)]
+    lines = []
+    for label in labels(rows):
+        values = final(rows, label)
+        cells = [label, estimate(values, digits), f"{values.min():,.{digits}f}"]
+        lines.append(cells + [column(label) for column in columns.values()])
+    return table(header, lines)
+
+
+# Figures
+
+
+def figure(width, height, num_rows=1, num_columns=1, **options):
+    """`(Figure, panels [num_rows, num_columns])`, the size in inches."""
+    page = Figure(figsize=(width, height), dpi=120, layout="constrained")  # not pyplot's: it needs no display
+    return page, page.subplots(num_rows, num_columns, squeeze=False, **options)
+
+
+def draw_curve(axes, rows, label, name, column="return", per=1, **style):
+    """Interquartile mean of a label's seeds over its progress divided by `per`, and its 95 % bootstrap band."""
+    progress, values = returns(rows, label, column)
+    low, high = plot.interval(values)
+    (line,) = axes.plot(progress / per, plot.iqm(values), label=name, **style)
+    axes.fill_between(progress / per, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def draw_finals(axes, rows, names, column="return", color=None):
+    """For each `{label: name}` a point with its 95 % interval, and the seeds beside it."""
+    for x, label in enumerate(names):
+        values = final(rows, label, column)
+        low, high = plot.interval(values)
+        shade = color(label) if callable(color) else color
+        spread = 0.18 + 0.12 * np.linspace(-1, 1, len(values))
+        axes.plot(x + spread, values, ".", color="0.65", markersize=4, zorder=1)
+        axes.errorbar(x - 0.12, plot.iqm(values), [[plot.iqm(values) - low], [high - plot.iqm(values)]], fmt="o",
+                      color=shade, capsize=3, zorder=2)  # fmt: skip
+    axes.set_xticks(range(len(names)), names.values())
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def optimum_line(axes, value, name="best possible"):
+    """A dashed line where the best policy is known to be."""
+    if value is not None:
+        axes.axhline(value, color="black", linestyle="--", linewidth=1, label=f"{name}, {value:,.1f}")
