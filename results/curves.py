@@ -21,7 +21,7 @@ STEPS = {  # flags of the actor-critics
 FEWER = {  # of the others, where it is not Pendulum, whose defaults these are
     "fitted": "--num-iterations 20 --iterations-per-epoch 4 --fit-steps 500",
     "svg": "--num-iterations 480 --iterations-per-epoch 48",
-    "reinforce": "--total-steps 256000 --steps-per-epoch 25600",
+    "reinforce": "--total-steps 128000 --steps-per-epoch 12800",
 }
 LEARNED = "--model learned --gamma 0.97 --num-rollouts 64"
 LQR_GAMMA = 0.9
@@ -50,10 +50,10 @@ def runs(env):
 
 
 DISCRETE = {
-    "fqi on CartPole-v1": Run("fqi", "CartPole-v1", "--maximizer exhaustive --gamma 0.99"),
-    "fqi on Acrobot-v1": Run("fqi", "Acrobot-v1", "--maximizer exhaustive --gamma 0.99"),
-    "reinforce on CartPole-v1": Run("reinforce", "CartPole-v1"),
-    "reinforce on Acrobot-v1": Run("reinforce", "Acrobot-v1"),
+    "fqi on CartPole-v1": Run("fqi", "CartPole-v1", f"--maximizer exhaustive --gamma 0.99 {FEWER['fitted']}"),
+    "fqi on Acrobot-v1": Run("fqi", "Acrobot-v1", f"--maximizer exhaustive --gamma 0.99 {FEWER['fitted']}"),
+    "reinforce on CartPole-v1": Run("reinforce", "CartPole-v1", "--total-steps 256000 --steps-per-epoch 25600"),
+    "reinforce on Acrobot-v1": Run("reinforce", "Acrobot-v1", "--total-steps 256000 --steps-per-epoch 25600"),
 }
 
 
@@ -62,7 +62,7 @@ def optimum(env):
     if env in lqr.ENVS:
         return lqr_return(gymnax.make(env)[1])
     with open(ROOT / "results" / "optimum.csv", newline="") as file:
-        values = [float(row["return"]) for row in csv.DictReader(file) if row["label"] == env]
+        values = [float(row["return"]) for row in csv.DictReader(file) if row["env"] == env]
     return values[-1] if values else None  # the finest grid's
 
 

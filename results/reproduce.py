@@ -19,6 +19,7 @@ from typing import Annotated
 
 import claims
 import curves
+import optimum
 import study
 import tyro
 from benchmark import machine
@@ -26,7 +27,7 @@ from study import ROOT, WORK
 
 from common import cli, plot, record
 
-EXPERIMENTS = curves.EXPERIMENTS | claims.EXPERIMENTS
+EXPERIMENTS = optimum.EXPERIMENTS | curves.EXPERIMENTS | claims.EXPERIMENTS
 HEADER = "# Results\n"
 ALGORITHM_FILES = sorted((ROOT / "algorithms").glob("*.py"))
 

@@ -74,14 +74,14 @@ def source(run):
     if not run.change:
         return path.read_text()
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(path, folder)
+        copy = shutil.copy(path, Path(folder) / "my_idea.py")
         patch = ROOT / "results" / "changes" / f"{run.change}.diff"
         # outside of any repository git only patches
         environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(folder).parent)}
         done = subprocess.run(["git", "apply", patch], cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{patch.name} does not fit {path.name}: {done.stderr.strip()}")
-        return (Path(folder) / path.name).read_text()
+        return copy.read_text()
 
 
 def train(run):
@@ -92,9 +92,10 @@ def train(run):
     if run.change:
         script = WORK / "changed" / digest(text) / f"{run.algorithm}.py"
         record.write_atomic(script, text.encode())
-    group = record.group_folder(WORK / "runs", run.algorithm, run.env, f"{name}_{run.seeds}")
+    group = record.group_folder(WORK / "runs", run.algorithm, run.env, name)
+    begun = record.seed_folder(group, run.seeds - 1).exists()  # perhaps with more seeds, for another experiment
     command = [sys.executable, script, "--env", run.env, "--num-seeds", str(run.seeds), *run.flags.split()]
-    command += ["--out", WORK / "runs", "--name", group.name, "--no-plot", *["--resume"] * group.exists()]
+    command += ["--out", WORK / "runs", "--name", group.name, "--no-plot", *["--resume"] * begun]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode > 1:  # 1 is a seed that diverged, which its rows tell
         raise SystemExit(f"error: {run.algorithm} on {run.env}: {done.stderr.strip()}")

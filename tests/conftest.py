@@ -1,6 +1,7 @@
 """Two single-threaded CPU devices and one compilation cache for the tests and the processes that they start."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="amortax-xla-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+sys.path.append(str(Path(__file__).parent.parent / "results"))  # whose scripts import each other
 MAPS = Path("/proc/self/maps")
 
 
