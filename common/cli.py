@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import gymnax
 import jax
@@ -35,6 +35,7 @@ class Options:
     out: Path = Path("results/runs")  # folder of all results
     resume: bool = False  # continue a killed or interrupted run of the same command
     no_plot: bool = False  # draw no curve.png
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # send the metrics there as well, to one or both
     distributed: bool = False  # one of several processes that share the runs, found as Slurm or the like tells JAX
     coordinator_address: str = ""  # host:port of process 0, where JAX does not detect it
     num_processes: int = 0  # where JAX does not detect it

@@ -33,7 +33,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from common import checkpoint, cli, devices, plot, record, sweep
+from common import checkpoint, cli, devices, plot, record, sweep, track
 
 CHECKPOINT_SHARE = 0.05  # of the running time, at most, goes into saving
 
@@ -53,6 +53,7 @@ def main(config_class, init, epoch):
     """
     script = inspect.getsourcefile(init)
     config, options = cli.parse_run(config_class, Path(sys.argv[0]).name)
+    track.check(options.track)
     grid = sweep.parse(config, options.sweep)
     cells = sweep.cells(config, grid)
     if options.distributed:
@@ -71,6 +72,8 @@ def main(config_class, init, epoch):
     except Exception as error:
         if jax.process_count() > 1:
             devices.leave(error)
+        if isinstance(error, track.Failed):
+            cli.fail(error)
         late = re.search(r"TimeoutError: (.*)", str(error))  # of a solver that the program calls
         if not late:
             raise
@@ -263,7 +266,8 @@ def train(init, epoch, runs, home, grid, options):
             tell(f"memory holds {round_size:,} of {len(runs) - first:,} runs at a time: they are trained in rounds")
         while first < len(runs):
             position = position or checkpoint.Position(first, min(first + round_size, len(runs)), start)
-            done = train_round(programs, runs, position, saved, interrupted, progress)
+            with track.tracking(options) as log:
+                done = train_round(programs, runs, position, saved, interrupted, progress, log)
             if done < total:
                 break
             first, position = position.last, None
@@ -282,7 +286,7 @@ def tell(line):
         print(line, flush=True)
 
 
-def train_round(programs, runs, position, saved, interrupted, progress):
+def train_round(programs, runs, position, saved, interrupted, progress, log):
     """Train runs `position.first` to `position.last - 1` to their end or an interrupt; return how far each came."""
     before, done, runs = position.first, position.done, runs[position.first : position.last]
     _, begin, per_epoch, total = work(runs[0].config)
@@ -291,7 +295,7 @@ def train_round(programs, runs, position, saved, interrupted, progress):
     states = checkpoint.restore(saved, position, programs, slots) if position.at_once else start(programs, slots)
 
     def save():
-        write_runs(runs, slots, states, rows)
+        write_runs(runs, slots, states, rows, log)
         checkpoint.save(saved, before * total + done, position._replace(done=done), programs, slots, states)
 
     progress(before * total + done * len(runs), math.nan)
@@ -351,13 +355,14 @@ def advance(programs, slots, states):
     return states, jax.device_get(outs)
 
 
-def write_runs(runs, slots, states, rows):
-    """Write the metrics and, for those who look at a run before its end, the policies."""
+def write_runs(runs, slots, states, rows, log):
+    """Write and track the metrics and, for those who look at a run before its end, write the policies."""
     for slot, state in zip(slots, states, strict=True):
         params = jax.device_get(state.params)
         for k, i in enumerate(slot.places):
             if rows[i]:
                 record.write_rows(folder(runs[i]) / "metrics.csv", rows[i])
+                log(folder(runs[i]), rows[i])
             record.write_policy(folder(runs[i]), jax.tree.map(lambda x, k=k: x[k], params))
 
 

@@ -70,6 +70,7 @@ MISTAKES = [
     ("--name ..", ["--name '..'", "folder name"]),
     ("--gama 0.9", ["--gama", "--gamma"]),
     ("--gamma", ["--gamma"]),
+    ("--track mlflow", ["--track", "mlflow", "wandb"]),
     ("--resume", ["--resume", "nothing to resume"]),
     ("stray", ["stray"]),
 ]

@@ -1,0 +1,127 @@
+"""Tracking: the rows of `metrics.csv`, under the same names, for TensorBoard and Weights & Biases as well.
+
+    seed_<s>/tensorboard/    event files
+    seed_<s>/wandb/          wandb's own files, and `run.json`: the last run's id, and what it surely holds
+
+Each seed is a run of its own, over what its curve is drawn over; nothing is imported that was not asked for.
+"""
+
+import contextlib
+import importlib
+import json
+import secrets
+import time
+
+from common import cli, record
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb.sdk"}  # a folder called wandb would pass for `wandb`
+FLUSH_SECONDS = 5
+
+
+class Failed(Exception):
+    """A tracker refused; the message is one for the user."""
+
+
+def check(kinds):
+    """Fail where a package is missing, or wandb has neither a key nor somebody to ask for it."""
+    for kind in kinds:
+        try:
+            importlib.import_module(PACKAGES[kind])
+        except ImportError:
+            cli.fail(f'--track {kind}: needs the package: pip install -e ".[{kind}]"')
+    if "wandb" in kinds:
+        import wandb
+
+        try:
+            if wandb.setup().settings.mode == "online":
+                wandb.login(verify=False)
+        except wandb.Error as error:
+            cli.fail(f"--track wandb: {error}")
+
+
+@contextlib.contextmanager
+def tracking(options):
+    """Yield `log(folder, rows)`, which sends those of a run's rows that it has not sent yet; close all at the end.
+
+    `rows` are all rows so far, so what is sent in the end is all of `metrics.csv`, also after an untracked beginning.
+    `log` raises `Failed` where a run cannot be opened.
+    """
+    senders, sent = {}, {}
+    with contextlib.ExitStack() as stack:
+
+        def log(folder, rows):
+            if folder not in senders:
+                kinds = dict.fromkeys(options.track)
+                senders[folder] = [OPEN[kind](stack, folder, options.resume) for kind in kinds]
+            # those of a resumed run are text
+            new = [{name: float(value) for name, value in row.items()} for row in rows[sent.get(folder, 0) :]]
+            for send in senders[folder]:
+                send({int(record.progress(row)): row for row in new})
+            sent[folder] = len(rows)
+
+        yield log
+
+
+def open_tensorboard(stack, folder, resume):
+    """`send({x: row})` into a new event file, which replaces the events of earlier ones; `stack` closes it."""
+    from tensorboardX import SummaryWriter
+
+    # the events that a killed process lost are in no earlier file: all are written again
+    writer = SummaryWriter(
+        str(folder / "tensorboard"),
+        purge_step=0,
+        flush_secs=FLUSH_SECONDS,
+        filename_suffix=f".{time.time_ns()}",  # else files of the same second had the same name
+    )
+    stack.enter_context(writer)
+    description = json.dumps(record.read_config(folder), indent=2)
+    writer.add_text("config", "".join(f"    {line}\n" for line in description.splitlines()), 0)  # Markdown's verbatim
+
+    def send(rows):
+        for x, row in rows.items():
+            for name, value in row.items():
+                writer.add_scalar(name, value, x)
+
+    return send
+
+
+def open_wandb(stack, folder, resume):
+    """`send({x: row})` to a wandb run, with `resume` to the last one of this folder; `stack` finishes it."""
+    import wandb
+
+    path = folder / "wandb" / "run.json"
+    last = json.loads(path.read_text()) if resume and path.exists() else {"id": secrets.token_hex(4), "sent": -1}
+
+    def keep():
+        record.write_atomic(path, json.dumps(last).encode())
+
+    keep()
+    *group, seed = folder.parts[-4:]
+    try:
+        run = wandb.init(
+            project=wandb.setup().settings.project or "amortax",
+            group="/".join(group),
+            name="/".join([*group, seed]),
+            id=last["id"],
+            resume="allow",
+            reinit="create_new",
+            dir=folder,
+            config=record.read_config(folder),
+            settings=wandb.Settings(console="off"),  # what is printed is of all runs
+        )
+    except wandb.Error as error:
+        raise Failed(f"--track wandb: {error}") from error
+    stack.callback(keep)  # not before it has finished: wandb loses with a killed process what it holds
+    stack.enter_context(run)
+    first = run.starting_step or last["sent"] + 1  # a server knows what it has
+
+    def send(rows):
+        for x, row in rows.items():
+            if x >= first:
+                run.log(row, step=x, commit=True)
+        last["sent"] = max(rows, default=last["sent"])
+
+    return send
+
+
+OPEN = {"tensorboard": open_tensorboard, "wandb": open_wandb}
