@@ -2,7 +2,7 @@
 
 import study
 from curves import LQR_FLAGS, LQR_GAMMA, STEPS, optimum
-from study import Experiment, Run
+from study import Experiment, Run, verdict
 
 from common import plot
 
@@ -14,12 +14,6 @@ PENDULUM, CAR, REACHER, SWIMMER, LQR = (
     "LQR-v0",
 )
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
-HOLDS, PARTLY, NOT = "**Holds.**", "**Holds in part.**", "**Does not hold.**"
-
-
-def verdict(held):
-    """The words for a list of whether each case of a claim held."""
-    return HOLDS if all(held) else PARTLY if any(held) else NOT
 
 
 def answers(cases, held):

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import boltzmann
 import claims
 import curves
 import optimum
@@ -27,7 +28,7 @@ from study import ROOT, WORK
 
 from common import cli, plot, record
 
-EXPERIMENTS = optimum.EXPERIMENTS | curves.EXPERIMENTS | claims.EXPERIMENTS
+EXPERIMENTS = optimum.EXPERIMENTS | curves.EXPERIMENTS | claims.EXPERIMENTS | boltzmann.EXPERIMENTS
 HEADER = "# Results\n"
 ALGORITHM_FILES = sorted((ROOT / "algorithms").glob("*.py"))
 
@@ -87,7 +88,7 @@ def fingerprint(experiment, cell):
     """Names what a cell measures, with the code and versions that decide its numbers."""
     sources = [study.source(cell)] if isinstance(cell, study.Run) else [*map(Path.read_text, ALGORITHM_FILES)]
     sources += [(ROOT / "results" / f"{source}.py").read_text() for source in experiment.sources]
-    return study.digest("\n".join([repr(cell), *sources]))
+    return study.digest("\n".join([experiment.measure.__qualname__, repr(cell), *sources]))
 
 
 def read(path):

@@ -168,6 +168,11 @@ def estimate(values, digits=1):
     return f"{plot.iqm(values):,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
+def verdict(held):
+    """The words for a list of whether each case of a claim held."""
+    return "**Holds.**" if all(held) else "**Holds in part.**" if any(held) else "**Does not hold.**"
+
+
 def table(header, lines):
     """A table in Markdown of a header and rows of cells."""
     rows = [header, ["---"] * len(header), *lines]
