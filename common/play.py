@@ -134,13 +134,18 @@ def gymnax_returns(act, config, params, seed, episodes):
     return lax.map(play, episodes, batch_size=EPISODES_AT_ONCE)
 
 
-def gymnax_film(act, config, params, seed):
-    """Episode 0 as `(return, frames)`."""
+def gymnax_episode(act, config, params, seed):
+    """Episode 0 after each of its steps: `[Episode]`, on the host and without keys."""
     one_step = functools.partial(jax.jit(step, static_argnums=0), act, config, jax.device_put(params))
     episodes = [start(config, seed, 0)]
     while not episodes[-1].ended:
         episodes.append(one_step(episodes[-1]))
-    *shown, last = jax.device_get([episode._replace(key=None) for episode in episodes])
+    return jax.device_get([episode._replace(key=None) for episode in episodes])
+
+
+def gymnax_film(act, config, params, seed):
+    """Episode 0 as `(return, frames)`."""
+    *shown, last = gymnax_episode(act, config, params, seed)
     env, env_params = gymnax.make(config.env)
     if config.env in GYMNASIUM_STATE:
         frames = draw_as_gymnasium(config.env, [episode.env_state for episode in shown])

@@ -33,7 +33,7 @@ class Training(NamedTuple):
     seeds: int
 
 
-def kl_divergence(module, config, actor, best, alpha):
+def kl_divergence(module, actor, best, alpha):
     """KL divergence in nats from the soft-optimal policy for temperature `alpha`, a mean over states of the starts.
 
     `best` solves the system for temperature 1; the covariance is proportional to the temperature.
@@ -58,7 +58,7 @@ def distances(training):
     module = importlib.import_module(f"algorithms.{training.algorithm}")
     config = module.Config(env=training.env, gamma=GAMMA, **dict(training.fields))
     best = lqr.solve(gymnax.make(training.env)[1], GAMMA, 1.0)
-    distance = jax.jit(lambda p: kl_divergence(module, config, p.actor, best, temperature(config, p)))
+    distance = jax.jit(lambda p: kl_divergence(module, p.actor, best, temperature(config, p)))
     devices.set_up_backend(training.seeds, devices.largest_product(config))
     programs = run.compile_programs(config, module.init, module.epoch, training.seeds)
     slots = run.place(programs, [run.Run(config, seed, Path()) for seed in range(training.seeds)])

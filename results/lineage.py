@@ -1,94 +1,122 @@
-"""Train the four actor-critics on the continuous environments of gymnax; draw `lineage.png` and write `lineage.md`.
+"""The picture that opens the README: the files, what each adds to the one before, and how it learns Pendulum-v1."""
 
-    python results/lineage.py                        all five environments
-    python results/lineage.py --env Pendulum-v1      one, or several after each other
+import jax
+import numpy as np
+import study
+from curves import optimum, runs
+from matplotlib.patches import ConnectionPatch
+from study import FITTED, Experiment, Run, short
 
-Every run is an ordinary one of the command line with the defaults of its file, below `results/runs/`. A figure shows
-interquartile means over seeds with their 95 % bootstrap bands.
-"""
+from algorithms import gradient_estimators
+from common import plot
 
-import argparse
-import math
-import subprocess
-import sys
-
-from benchmark import ROOT, machine
-from matplotlib.figure import Figure
-
-from common import plot, record
-
-RUNS = {  # total steps, steps per epoch, seeds
-    "Pendulum-v1": (10_000, 1_000, 16),
-    "MountainCarContinuous-v0": (33_000, 4_000, 16),
-    "PointRobot-misc": (17_000, 2_000, 8),
-    "Reacher-misc": (17_000, 2_000, 8),
-    "Swimmer-misc": (17_000, 2_000, 8),
+ENV = "Pendulum-v1"
+PLACES = {  # file: row, column, what it adds
+    "fqi": (0, 0, "a solver finds the\nbest action"),
+    "fqi_amortized": (0, 1, "a policy is fitted to\na part of its answers"),
+    "nfqca": (0, 2, "the policy climbs q;\nno solver"),
+    "ddpg": (0, 3, "data come in while\nit learns; OU noise"),
+    "td3": (0, 4, "two critics, smoothing,\na delayed actor"),
+    "soft_fqi": (1, 1, "a log-integral\nfor the maximum"),
+    "sac_value": (1, 3, "a stochastic policy,\npaid for its entropy"),
+    "sac": (1, 4, "a temperature that\nholds the entropy"),
+    "gradient_estimators": (2, 1, "how to differentiate\nan expectation"),
+    "reinforce": (2, 0, "score functions\nof a policy"),
+    "svg": (2, 2, "gradients through\nthe dynamics"),
 }
-COLOURS = {"ddpg": "#0072B2", "td3": "#D55E00", "sac_value": "#009E73", "sac": "#CC79A7"}  # Okabe and Ito's
+ARROWS = (
+    ("fqi", "fqi_amortized"), ("fqi_amortized", "nfqca"), ("nfqca", "ddpg"), ("ddpg", "td3"),
+    ("fqi", "soft_fqi"), ("soft_fqi", "sac_value"), ("sac_value", "sac"),
+    ("gradient_estimators", "reinforce"), ("gradient_estimators", "svg"),
+)  # fmt: skip
+COLOURS = plot.COLOURS | {"gradient_estimators": "#000000"}
 
 
-def train(algorithm, env):
-    """The folder of the finished run; goes on where it was stopped."""
-    steps, epoch, seeds = RUNS[env]
-    group = record.group_folder(ROOT / "results" / "runs", algorithm, env, "lineage")
-    flags = f"--env {env} --total-steps {steps} --steps-per-epoch {epoch} --num-seeds {seeds} --name {group.name}"
-    flags += " --resume" * group.exists()
-    subprocess.run([sys.executable, f"algorithms/{algorithm}.py", *flags.split()], check=True, cwd=ROOT)
-    return group
+def estimates(num_trials):
+    """Running means of the three estimators over samples, a row for each trial; the naive one goes wrong."""
+    sizes = (10, 100, 1_000, 10_000)
+    rows = []
+    for size in sizes:
+        config = gradient_estimators.Config(batch_size=size, num_trials=num_trials)
+        values = jax.jit(gradient_estimators.train)(config, jax.random.key(0))
+        for name, trials in values._asdict().items():
+            columns = {"progress": size, "value_bias": "", "finite": 1}
+            rows += [{"seed": f"{name} {i}", "return": short(x)} | columns for i, x in enumerate(trials)]
+    return rows
 
 
-def draw(groups):
-    """The figure: a panel for each environment of `groups {env: {algorithm: folder}}`."""
-    columns = min(3, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    figure = Figure(figsize=(4 * columns, 3.4 * rows), dpi=150, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel in panels[len(groups) :]:
-        panel.set_axis_off()
-    for panel, (env, folders) in zip(panels, groups.items(), strict=False):
-        for algorithm, group in folders.items():
-            _, step, returns, _ = plot.read_group(group)
-            low, high = plot.interval(returns)
-            panel.plot(step / 1000, plot.iqm(returns), color=COLOURS[algorithm], label=algorithm)
-            panel.fill_between(step / 1000, low, high, color=COLOURS[algorithm], alpha=0.2, linewidth=0)
-        panel.set_title(f"{env}, {len(returns)} seeds")
-        panel.set_xlabel("environment steps (thousands)")
-        panel.set_ylabel("greedy return per episode")
-        panel.grid(alpha=0.3)
-    panels[0].legend(loc="lower right")
-    return figure
+def measure(cell):
+    """Learning curves of a run, or the estimates of a number of trials."""
+    return study.learning_curves(cell) if isinstance(cell, Run) else estimates(cell)
 
 
-def main():
-    """Parse the command line; train; write figure and table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", nargs="+", choices=RUNS, default=[*RUNS])
-    envs = parser.parse_args().env
-    lines = [
-        "Greedy return at the end: interquartile mean over seeds, its 95 % bootstrap interval, and the worst seed.",
-        "The bias is the critic's value of the greedy policy less what that earns, a mean over seeds.",
-        "`python results/lineage.py`" if envs == [*RUNS] else f"`python results/lineage.py --env {' '.join(envs)}`",
-        f"on {machine()}.",
-        "",
-        "| environment | algorithm | steps | seeds | return | worst seed | bias |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    groups = {}
-    for env in envs:
-        steps, _, seeds = RUNS[env]
-        groups[env] = {algorithm: train(algorithm, env) for algorithm in COLOURS}
-        for algorithm, group in groups[env].items():
-            *_, returns, _ = plot.read_group(group)
-            final = returns[:, -1]
-            low, high = plot.interval(final)
-            rows = [record.read_metrics(record.seed_folder(group, seed)) for seed in range(seeds)]
-            bias = sum(row["value_bias"][-1] for row in rows) / seeds
-            figures = f"{plot.iqm(final):.1f} ({low:.1f} to {high:.1f}) | {final.min():.1f} | {bias:+.1f}"
-            lines.append(f"| {env} | {algorithm} | {steps:,} | {seeds} | {figures} |")
-            print(lines[-1], flush=True)
-    plot.save(draw(groups), ROOT / "results" / "lineage.png")
-    (ROOT / "results" / "lineage.md").write_text("\n".join(lines) + "\n")
+def draw(rows):
+    """A small curve for each file, where it stands in the lineage."""
+    page, panels = study.figure(13, 7.4, 3, 5)
+    present, axes_of = study.labels(rows), {}
+    for axes in panels.ravel():
+        axes.set_axis_off()
+    for name, (row, column, idea) in PLACES.items():
+        axes = axes_of[name] = panels[row, column]
+        axes.set_axis_on()
+        axes.set_title(f"{name}.py", fontsize=13, fontweight="bold", color=COLOURS[name], family="monospace")
+        axes.set_xlabel(idea, fontsize=11)
+        axes.tick_params(labelsize=8)
+        if name == "gradient_estimators":
+            draw_estimates(axes, rows)
+        elif name in present:
+            per = 1 if name in FITTED else 1e3
+            study.draw_curve(axes, rows, name, name, per=per, color=COLOURS[name], linewidth=2)
+            axes.axhline(optimum(ENV), color="black", linestyle="--", linewidth=1)
+            axes.set(ylim=(-1700, 0), yticks=(-1500, -1000, -500, 0))
+            axes.text(0.97, 0.05, "iterations" if per == 1 else "thousands of steps", transform=axes.transAxes,
+                      ha="right", fontsize=9, color="0.35")  # fmt: skip
+    for start, end in ARROWS:
+        places = ends(start, end)
+        arrow = {"arrowstyle": "-|>", "color": "0.4", "linewidth": 1.5, "mutation_scale": 14}
+        page.add_artist(
+            ConnectionPatch(*places, *["axes fraction"] * 2, axesA=axes_of[start], axesB=axes_of[end], **arrow)
+        )
+    legend = (
+        "Greedy return on Pendulum-v1, 16 seeds:\\ninterquartile mean and 95 % interval;\\n"
+        "dashed: the best possible, by dynamic\\nprogramming. gradient_estimators: three\\n"
+        "estimates of a derivative over samples,\\ndashed: the true one."
+    )
+    panels[2, 3].text(0.05, 0.5, legend, fontsize=12, va="center")
+    return page
 
 
-if __name__ == "__main__":
-    main()
+def draw_estimates(axes, rows):
+    """Mean of each estimator over the samples that it takes, one of them not at the truth."""
+    chosen = [row for row in rows if row["label"] == "gradient_estimators"]
+    sizes = sorted({row["progress"] for row in chosen})
+    for name, style in zip(gradient_estimators.Estimates._fields, (":", "--", "-"), strict=True):
+        values = [[r["return"] for r in chosen if r["seed"].startswith(name) and r["progress"] == n] for n in sizes]
+        axes.plot(sizes, [np.mean(x) for x in values], color="black", linestyle=style)
+        axes.fill_between(
+            sizes, *np.transpose([np.quantile(x, (0.025, 0.975)) for x in values]), color="black", alpha=0.1
+        )
+    axes.axhline(4, color="black", linestyle="--", linewidth=1)
+    axes.set(xscale="log", ylim=(0, 8))
+
+
+def ends(start, end):
+    """Where an arrow leaves one panel and where it meets another: along a row, or down and to the right."""
+    (row, column), (end_row, end_column) = PLACES[start][:2], PLACES[end][:2]
+    if row == end_row:
+        return ((1.02, 0.5), (-0.14, 0.5)) if column < end_column else ((-0.14, 0.5), (1.02, 0.5))
+    return (0.5, -0.4), (-0.14, 0.5)
+
+
+EXPERIMENTS = {
+    "lineage": Experiment(
+        title="The lineage",
+        cells={name: run for name, run in runs(ENV).items() if name in PLACES} | {"gradient_estimators": 16},
+        measure=measure,
+        report=lambda rows: "What each file adds to the one before it, and how it learns.",
+        draw=draw,
+        quick=lambda cells: study.smaller(cells, "td3") | {"gradient_estimators": 2},
+        sources=("lineage",),
+        sample="16 seeds of each, each return a mean over 128 episodes; 16 trials of the estimators",
+    )
+}

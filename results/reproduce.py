@@ -20,6 +20,8 @@ from typing import Annotated
 import boltzmann
 import claims
 import curves
+import films
+import lineage
 import optimum
 import study
 import tyro
@@ -28,7 +30,8 @@ from study import ROOT, WORK
 
 from common import cli, plot, record
 
-EXPERIMENTS = optimum.EXPERIMENTS | curves.EXPERIMENTS | claims.EXPERIMENTS | boltzmann.EXPERIMENTS
+MODULES = (optimum, curves, lineage, films, claims, boltzmann)
+EXPERIMENTS = {name: experiment for module in MODULES for name, experiment in module.EXPERIMENTS.items()}
 HEADER = "# Results\n"
 ALGORITHM_FILES = sorted((ROOT / "algorithms").glob("*.py"))
 
@@ -79,9 +82,22 @@ def reproduce(name, out, quick):
     record.write_rows(out / f"{name}.csv", rows)
     rows = study.numbers(read(out / f"{name}.csv"))
     if experiment.draw:
-        plot.save(experiment.draw(rows), out / f"{name}.png")
+        save(experiment.draw(rows), out / picture(name))
     write_section(out / "README.md", name, section(name, rows, quick))
     print(f"{name}: {out / name}.csv", flush=True)
+
+
+def picture(name):
+    """The file name of an experiment's figure."""
+    return f"{name}.gif" if name.startswith("film_") else f"{name}.png"
+
+
+def save(drawn, path):
+    """Write a figure, or the bytes of a film."""
+    if isinstance(drawn, bytes):
+        record.write_atomic(path, drawn)
+    else:
+        plot.save(drawn, path)
 
 
 def fingerprint(experiment, cell):
@@ -100,12 +116,12 @@ def read(path):
 def section(name, rows, quick):
     """The section of `README.md`: heading, figure, what it says, and where its numbers come from."""
     experiment = EXPERIMENTS[name]
-    picture = [f"![{experiment.title}]({name}.png)", ""] if experiment.draw else []
+    shown = [f"![{experiment.title}]({picture(name)})", ""] if experiment.draw else []
     command = f"python results/reproduce.py {name}" + " --quick" * quick
     source = (
         f"`{command}`, {datetime.date.today()}; {experiment.sample}; {machine()}; numbers: [{name}.csv]({name}.csv)."
     )
-    return "\n".join([f"### {experiment.title}", "", *picture, experiment.report(rows), "", source])
+    return "\n".join([f"### {experiment.title}", "", *shown, experiment.report(rows), "", source])
 
 
 def write_section(path, name, text):

@@ -37,7 +37,7 @@ class Experiment(NamedTuple):
     cells: dict  # label: what to measure, plain data
     measure: Callable  # cell -> rows, dicts with the same keys
     report: Callable  # rows -> text in Markdown
-    draw: Callable | None = None  # rows -> Figure
+    draw: Callable | None = None  # rows -> Figure, or the bytes of a .gif file
     quick: Callable | None = None  # cells -> the few and small ones of `--quick`
     sources: tuple = ()  # files besides the algorithms' that decide the numbers
     sample: str = ""  # what the numbers are a sample of
@@ -64,7 +64,7 @@ def small(run):
 
 
 def smaller(cells, *names):
-    """The named cells of many, small; all of them if none is named."""
+    """The named of many cells, small; all of them if none is named."""
     return {label: small(cells[label]) for label in names or cells}
 
 

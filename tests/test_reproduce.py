@@ -1,0 +1,116 @@
+"""Every experiment of `results/` runs in its small version; what is committed is what its raw numbers say."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import boltzmann
+import curves
+import gymnax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reproduce
+import study
+from jax import random
+from PIL import Image
+
+from algorithms import sac, td3
+from common import lqr
+
+ROOT = Path(td3.__file__).parent.parent
+RESULTS = ROOT / "results"
+README = (RESULTS / "README.md").read_text()
+NAMES = sorted(reproduce.EXPERIMENTS)
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """Finished cells are kept in a folder of the test's own."""
+    for module in (study, reproduce):
+        monkeypatch.setattr(module, "WORK", tmp_path / "work")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_version_runs_and_is_not_measured_twice(name, work, monkeypatch):
+    experiment = reproduce.EXPERIMENTS[name]
+    cells = experiment.quick(experiment.cells)
+    reproduce.reproduce(name, work / "out", quick=True)
+    rows = read(work / "out" / f"{name}.csv")
+    assert list(dict.fromkeys(row["label"] for row in rows)) == list(cells)
+    assert experiment.draw is None or Image.open(work / "out" / reproduce.picture(name)).size[0] >= 200
+    text = (work / "out" / "README.md").read_text()
+    assert f"python results/reproduce.py {name} --quick" in text
+    assert experiment.report(study.numbers(rows)) in text
+
+    def refuse(cell):
+        raise AssertionError("measured again")
+
+    monkeypatch.setitem(reproduce.EXPERIMENTS, name, experiment._replace(measure=refuse))
+    refuse.__qualname__ = experiment.measure.__qualname__
+    before = (work / "out" / f"{name}.csv").read_bytes(), text
+    reproduce.reproduce(name, work / "out", quick=True)
+    assert before == ((work / "out" / f"{name}.csv").read_bytes(), (work / "out" / "README.md").read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name):
+    experiment = reproduce.EXPERIMENTS[name]
+    rows = read(RESULTS / f"{name}.csv")
+    assert list(dict.fromkeys(row["label"] for row in rows)) == list(experiment.cells)
+    for label, cell in experiment.cells.items():
+        if isinstance(cell, study.Run) and "seed" in rows[0]:
+            assert {int(row["seed"]) for row in rows if row["label"] == label} == set(range(cell.seeds))
+    assert experiment.report(study.numbers(rows)) in README
+    assert f"`python results/reproduce.py {name}`" in README
+    assert experiment.draw is None or f"]({reproduce.picture(name)})" in README
+    assert experiment.draw is None or (RESULTS / reproduce.picture(name)).exists()
+
+
+def command(*flags, **options):
+    return subprocess.run(
+        [sys.executable, RESULTS / "reproduce.py", *map(str, flags)], capture_output=True, text=True, **options
+    )
+
+
+def test_names_and_mistakes():
+    listed = command("--list")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(reproduce.EXPERIMENTS)
+    for flags, said in ((("nonsense",), "nonsense: no such experiment"), ((), "no experiment named")):
+        done = command(*flags)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {said}")
+        assert done.stderr.count("\n") == 1
+
+
+# Experiments against closed forms
+
+
+def test_expected_return_of_the_best_linear_policy_is_what_its_episodes_have():
+    for env in lqr.ENVS:
+        system = gymnax.make(env)[1]
+        K = jnp.asarray(lqr.solve(system, curves.LQR_GAMMA).K)
+        costs = lqr.simulate(system, lambda s, K=K: -K @ s, 1.0, random.key(0), 20_000, system.max_steps_in_episode)
+        error = float(costs.std() / np.sqrt(len(costs)))
+        assert abs(-float(costs.mean()) - curves.lqr_return(system)) < 4 * error
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (0.5, 0.0), (1.0, 0.01)])
+def test_distance_from_the_boltzmann_policy_is_the_divergence_of_two_gaussians(scale, shift):
+    """The best gain and `scale` times the best deviation, `shift`ed, all small, where tanh is the identity."""
+    alpha = 0.02
+    best = lqr.solve(gymnax.make("LQR-v0")[1], boltzmann.GAMMA, 1.0)
+    best = best._replace(K=0.01 * best.K)  # small actions; what is best does not matter here
+    K, std = jnp.asarray(best.K), float(np.sqrt(alpha * best.covariance[0, 0]))
+    weights = jnp.concatenate([-K.T, jnp.zeros_like(K.T)], axis=1) / lqr.ACTION_BOUND
+    bias = jnp.array([shift, jnp.log(scale * std / lqr.ACTION_BOUND)])
+    expected = -np.log(scale) + (scale**2 - 1) / 2 + (shift * lqr.ACTION_BOUND / std) ** 2 / 2
+    distance = boltzmann.kl_divergence(sac, [(weights, bias)], best, alpha)
+    np.testing.assert_allclose(distance, expected, atol=0.02)
