@@ -70,6 +70,23 @@ def draw_final_returns(rows, ylabel="greedy return at the end", width=None):
     return page
 
 
+def draw_over_training(rows):
+    """Return over training, a panel for each environment."""
+    page, panels = study.figure(4.6 * len(envs(rows)), 3.6, 1, len(envs(rows)))
+    for axes, env in zip(panels[0], envs(rows), strict=True):
+        seen = []
+        for label, what in on(env, rows).items():
+            color = algorithm_color(label)  # a line of its own for each of an algorithm's variants
+            study.draw_curve(axes, rows, label, what, per=1e3, color=color, linestyle=LINES[seen.count(color)])
+            seen.append(color)
+        study.optimum_line(axes, optimum(env))
+        axes.set(title=env, xlabel="environment steps (thousands)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    panels[0][0].set_ylabel("greedy return per episode")
+    return page
+
+
 def experiment(title, cells, report, draw, quick, **fields):
     """An experiment whose cells are runs of 16 seeds."""
     return Experiment(
@@ -271,20 +288,6 @@ PATHWISE = {
 }
 
 
-def draw_pathwise(rows):
-    """Return over environment steps, a panel for each environment."""
-    page, panels = study.figure(9, 3.6, 1, len(envs(rows)))
-    for axes, env in zip(panels[0], envs(rows), strict=True):
-        for label, what in on(env, rows).items():
-            study.draw_curve(axes, rows, label, what, per=1e3, color=algorithm_color(label))
-        study.optimum_line(axes, optimum(env))
-        axes.set(title=env, xlabel="environment steps (thousands)")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    panels[0][0].set_ylabel("greedy return per episode")
-    return page
-
-
 def report_pathwise(rows):
     """Does SVG end above REINFORCE with as many environment steps?"""
     held = []
@@ -297,6 +300,31 @@ def report_pathwise(rows):
         "many in all? The estimators' variances alone are compared under `gradient_variance`."
     )
     return "\n".join([text, "", study.return_table(rows, digits=2)])
+
+
+# n-step targets: the change that `changes/README.md` walks through
+
+N_STEP = {
+    "td3, 1 step": ("td3", "", ""),
+    **{f"td3, {n} steps": ("td3", f"--n-step {n}", "td3_n_step") for n in (3, 5)},
+}
+
+
+def report_n_step(rows):
+    """Is the mean over all evaluations, which tells how fast it learns, higher with 3 steps than with one?"""
+    means = {label: study.returns(rows, label)[1].mean(axis=1) for label in study.labels(rows)}
+    held = []
+    for env in envs(rows):
+        one, three, *_ = (means[label] for label in on(env, rows))
+        held.append(less(one, three))
+    text = (
+        f"{verdict(held)} Asked of each environment: is the mean return of all evaluations, which tells how fast it "
+        f"learns, higher with 3 steps than with one ({answers(envs(rows), held)})? The rewards of the steps between are "
+        "those of older policies, which is not corrected for."
+    )
+    return "\n".join(
+        [text, "", study.return_table(rows, mean_over_training=lambda label: study.estimate(means[label]))]
+    )
 
 
 EXPERIMENTS = {
@@ -340,7 +368,14 @@ EXPERIMENTS = {
         "Reparameterised gradients beat score functions: returns",
         PATHWISE,
         report_pathwise,
-        draw_pathwise,
+        draw_over_training,
         list(PATHWISE)[:2],
+    ),
+    "n_step": experiment(
+        "n-step targets learn faster",
+        cells(N_STEP, (PENDULUM, REACHER)),
+        report_n_step,
+        draw_over_training,
+        ["td3, 1 step on Pendulum-v1", "td3, 3 steps on Pendulum-v1"],
     ),
 }

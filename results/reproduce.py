@@ -12,6 +12,7 @@ there; the same code on the same machine gives the same .csv, byte for byte.
 import csv
 import dataclasses
 import datetime
+import re
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,6 @@ from common import cli, plot, record
 
 MODULES = (optimum, curves, lineage, films, claims, boltzmann)
 EXPERIMENTS = {name: experiment for module in MODULES for name, experiment in module.EXPERIMENTS.items()}
-HEADER = "# Results\n"
 ALGORITHM_FILES = sorted((ROOT / "algorithms").glob("*.py"))
 
 
@@ -83,7 +83,9 @@ def reproduce(name, out, quick):
     rows = study.numbers(read(out / f"{name}.csv"))
     if experiment.draw:
         save(experiment.draw(rows), out / picture(name))
-    write_section(out / "README.md", name, section(name, rows, quick))
+    write_between(out / "README.md", name, section(name, rows, quick))
+    if out == ROOT / "results" and not quick:
+        write_between(ROOT / "README.md", "claims", claims_table())
     print(f"{name}: {out / name}.csv", flush=True)
 
 
@@ -116,18 +118,28 @@ def read(path):
 def section(name, rows, quick):
     """The section of `README.md`: heading, figure, what it says, and where its numbers come from."""
     experiment = EXPERIMENTS[name]
+    anchor = f'### <a name="{name}"></a>{experiment.title}'
     shown = [f"![{experiment.title}]({picture(name)})", ""] if experiment.draw else []
     command = f"python results/reproduce.py {name}" + " --quick" * quick
-    source = (
-        f"`{command}`, {datetime.date.today()}; {experiment.sample}; {machine()}; numbers: [{name}.csv]({name}.csv)."
-    )
-    return "\n".join([f"### {experiment.title}", "", *shown, experiment.report(rows), "", source])
+    source = f"`{command}`, {datetime.date.today()}, on {machine()}. Numbers: [{name}.csv]({name}.csv)"
+    return "\n".join([anchor, "", *shown, experiment.report(rows), "", f"{source}, {experiment.sample}."])
 
 
-def write_section(path, name, text):
-    """Put a section in its place in a file, or at the file's end."""
+def claims_table():
+    """The claims whose numbers are in `results`, each with its verdict, for the project's README."""
+    lines = []
+    for name, experiment in EXPERIMENTS.items():
+        path = ROOT / "results" / f"{name}.csv"
+        found = path.exists() and re.match(r"\*\*(.+?)\.\*\*", experiment.report(study.numbers(read(path))))
+        if found:
+            lines.append([f"[{experiment.title}](results/README.md#{name})", found[1].lower()])
+    return study.table(["claim", "verdict"], lines)
+
+
+def write_between(path, name, text):
+    """Put a text between its two markers in a file, which it gets at the file's end if it has none."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    old = path.read_text() if path.exists() else HEADER
+    old = path.read_text() if path.exists() else "# Results\n"
     if begin not in old:
         old += f"\n{begin}\n{end}\n"
     before, rest = old.split(begin, 1)

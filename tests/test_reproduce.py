@@ -74,6 +74,13 @@ def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name):
     assert experiment.draw is None or (RESULTS / reproduce.picture(name)).exists()
 
 
+def test_the_readme_tells_the_verdicts():
+    text = (ROOT / "README.md").read_text()
+    table = reproduce.claims_table()
+    assert f"<!-- claims -->\n{table}\n<!-- end of claims -->" in text
+    assert table.count("\n") > 8
+
+
 def command(*flags, **options):
     return subprocess.run(
         [sys.executable, RESULTS / "reproduce.py", *map(str, flags)], capture_output=True, text=True, **options
