@@ -319,8 +319,8 @@ def report_n_step(rows):
         held.append(less(one, three))
     text = (
         f"{verdict(held)} Asked of each environment: is the mean return of all evaluations, which tells how fast it "
-        f"learns, higher with 3 steps than with one ({answers(envs(rows), held)})? The rewards of the steps between are "
-        "those of older policies, which is not corrected for."
+        f"learns, higher with 3 steps than with one ({answers(envs(rows), held)})? The rewards of the steps between "
+        "are those of older policies, which is not corrected for."
     )
     return "\n".join(
         [text, "", study.return_table(rows, mean_over_training=lambda label: study.estimate(means[label]))]
