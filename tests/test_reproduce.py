@@ -30,34 +30,52 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    """Finished cells are kept in a folder of the test's own."""
-    for module in (study, reproduce):
-        monkeypatch.setattr(module, "WORK", tmp_path / "work")
-    return tmp_path
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Finished cells are kept in a folder of these tests' own, and shared by them as by the experiments."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (study, reproduce):
+            patch.setattr(module, "WORK", folder)
+        yield folder
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_quick_version_runs_and_is_not_measured_twice(name, work, monkeypatch):
+def test_quick_version_runs(name, work, tmp_path):
     experiment = reproduce.EXPERIMENTS[name]
-    cells = experiment.quick(experiment.cells)
-    reproduce.reproduce(name, work / "out", quick=True)
-    rows = read(work / "out" / f"{name}.csv")
-    assert list(dict.fromkeys(row["label"] for row in rows)) == list(cells)
-    assert experiment.draw is None or Image.open(work / "out" / reproduce.picture(name)).size[0] >= 200
-    text = (work / "out" / "README.md").read_text()
-    assert f"python results/reproduce.py {name} --quick" in text
+    reproduce.reproduce(name, tmp_path, quick=True)
+    rows = read(tmp_path / f"{name}.csv")
+    assert list(dict.fromkeys(row["label"] for row in rows)) == list(experiment.quick(experiment.cells))
+    assert experiment.draw is None or min(Image.open(tmp_path / reproduce.picture(name)).size) >= 200
+    text = (tmp_path / "README.md").read_text()
+    assert f"`python results/reproduce.py {name} --quick`" in text
     assert experiment.report(study.numbers(rows)) in text
 
-    def refuse(cell):
-        raise AssertionError("measured again")
 
-    monkeypatch.setitem(reproduce.EXPERIMENTS, name, experiment._replace(measure=refuse))
-    refuse.__qualname__ = experiment.measure.__qualname__
-    before = (work / "out" / f"{name}.csv").read_bytes(), text
-    reproduce.reproduce(name, work / "out", quick=True)
-    assert before == ((work / "out" / f"{name}.csv").read_bytes(), (work / "out" / "README.md").read_text())
+def test_what_is_measured_is_kept_and_what_is_missing_measured(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(cell):
+        measured.append(cell)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return [{"square": cell**2}]
+
+    report = lambda rows: str(sum(row["square"] for row in rows))
+    experiment = study.Experiment("Squares", {"two": 2, "three": 3}, measure, report)
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"squares": experiment})
+    monkeypatch.setattr(reproduce, "WORK", tmp_path / "work")
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "squares", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="130"):
+        reproduce.main()
+    assert not (tmp_path / "squares.csv").exists()
+    reproduce.main()
+    assert measured == [2, 3, 3]
+    assert (tmp_path / "squares.csv").read_text() == "label,square\ntwo,4\nthree,9\n"
+    first = (tmp_path / "README.md").read_text()
+    assert "\n13.0\n" in first
+    reproduce.main()  # nothing is measured, and the section is replaced by its like
+    assert (measured, (tmp_path / "README.md").read_text()) == ([2, 3, 3], first)
 
 
 @pytest.mark.parametrize("name", NAMES)
