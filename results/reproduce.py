@@ -17,17 +17,25 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import amortization_time
 import claims
 import curves
+import distributions
+import estimators
+import gradient_variance
+import maximizers
 import optimum
 import study
+import svg_gradients
 import tyro
 from benchmark import machine
 from study import ROOT, WORK
 
 from common import cli, plot, record
 
-EXPERIMENTS = optimum.EXPERIMENTS | curves.EXPERIMENTS | claims.EXPERIMENTS
+MODULES = (optimum, curves, claims, estimators, gradient_variance, distributions, svg_gradients, maximizers)
+MODULES += (amortization_time,)
+EXPERIMENTS = {name: experiment for module in MODULES for name, experiment in module.EXPERIMENTS.items()}
 HEADER = "# Results\n"
 ALGORITHM_FILES = sorted((ROOT / "algorithms").glob("*.py"))
 
