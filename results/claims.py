@@ -5,6 +5,7 @@ from curves import LQR_FLAGS, LQR_GAMMA, STEPS, optimum
 from study import Experiment, Run
 
 from common import plot
+from common.cli import CONTINUOUS_ENVS
 
 PENDULUM, CAR, REACHER, SWIMMER, LQR = (
     "Pendulum-v1",
@@ -67,7 +68,10 @@ def draw_final_returns(rows, ylabel="greedy return at the end", width=None):
     widths = [len(on(env, rows)) for env in places]
     page, panels = study.figure(width or 1.6 + 0.95 * sum(widths), 3.6, 1, len(places), width_ratios=widths)
     for axes, env in zip(panels[0], places, strict=True):
-        names = {label: what.replace(", ", "\n").replace(" ", "\n") for label, what in on(env, rows).items()}
+        names = {
+            label: what.replace(", ", "\n").replace(" x ", "x").replace(" ", "\n")
+            for label, what in on(env, rows).items()
+        }
         study.draw_finals(axes, rows, names, color=algorithm_color)
         study.optimum_line(axes, optimum(env))
         axes.set_title(env)
@@ -305,6 +309,31 @@ def report_pathwise(rows):
     return "\n".join([text, "", study.return_table(rows, digits=2)])
 
 
+# Two hidden layers of 64 are enough
+
+WIDTHS = {
+    f"td3, {n} x {n} on {env}": Run(
+        "td3", env, f"--hidden-sizes {n} {n} --total-steps 21000 --steps-per-epoch 5000 --num-eval-episodes 64", seeds=4
+    )
+    for env in CONTINUOUS_ENVS
+    for n in (64, 256)
+}
+
+
+def report_widths(rows):
+    """Do the default networks not end below wider ones?"""
+    held = []
+    for env in envs(rows):
+        narrow, wide = (study.final(rows, label) for label in on(env, rows))
+        held.append(not less(narrow, wide))
+    text = (
+        f"{verdict(held)} Asked of each environment: do TD3's default networks, two layers of 64, not end below two of "
+        f"256, their interval below the other's ({answers(envs(rows), held)})? With few seeds the intervals are wide, "
+        "so that a yes says no more than that no difference was seen."
+    )
+    return "\n".join([text, "", study.return_table(rows)])
+
+
 EXPERIMENTS = {
     "overestimation": experiment(
         "DDPG overestimates, and TD3's minimum cures it",
@@ -348,5 +377,13 @@ EXPERIMENTS = {
         report_pathwise,
         draw_pathwise,
         list(PATHWISE)[:2],
+    ),
+    "widths": experiment(
+        "Two hidden layers of 64 are enough",
+        WIDTHS,
+        report_widths,
+        draw_final_returns,
+        list(WIDTHS)[:2],
+        sample="4 seeds of each, each return a mean over 64 episodes",
     ),
 }

@@ -6,7 +6,7 @@
 
 An experiment leaves its raw numbers, NAME.csv, its figure, NAME.png, and its section of README.md, both made from
 the raw numbers alone. What is finished is kept below results/runs/reproduce, so that one that was killed goes on from
-there; the same code on the same machine gives the same .csv, byte for byte.
+there; the same code on the same machine gives the same .csv, byte for byte, but for measured times.
 """
 
 import csv
@@ -19,6 +19,7 @@ from typing import Annotated
 
 import amortization_time
 import claims
+import closed_form
 import curves
 import distributions
 import estimators
@@ -33,8 +34,8 @@ from study import ROOT, WORK
 
 from common import cli, plot, record
 
-MODULES = (optimum, curves, claims, estimators, gradient_variance, distributions, svg_gradients, maximizers)
-MODULES += (amortization_time,)
+MODULES = (optimum, curves, claims, closed_form)
+MODULES += (distributions, estimators, gradient_variance, svg_gradients, maximizers, amortization_time)
 EXPERIMENTS = {name: experiment for module in MODULES for name, experiment in module.EXPERIMENTS.items()}
 HEADER = "# Results\n"
 ALGORITHM_FILES = sorted((ROOT / "algorithms").glob("*.py"))
