@@ -110,7 +110,11 @@ def draw(rows):
     axes.plot([], [], ".", color="0.65", label="seeds")
     axes.axhline(100 * (LIMIT - 1), color="black", linestyle="--", linewidth=1, label=f"{100 * (LIMIT - 1):.0f} %")
     axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="discounted cost above the closed form's (%)", ylim=(min(0, axes.get_ylim()[0]), None))
+    axes.set(
+        xlim=(-0.5, len(names) - 0.5),
+        ylabel="discounted cost above the closed form's (%)",
+        ylim=(min(0, axes.get_ylim()[0]), None),
+    )
     axes.legend(fontsize="small")
     axes.grid(axis="y", alpha=0.3)
     return page

@@ -39,6 +39,7 @@ STYLES = {  # told apart by the colour-blind
     "cem": ("#009E73", "^"),
     "grid": ("#CC79A7", "D"),
 }
+CANDIDATES = {"gradient": "starts", "lbfgs": "starts", "cem": "samples", "grid": "points of an axis"}
 FLOOR = 1e-5  # percent; less is a matter of rounding
 TRAINED = 20, {"hidden_sizes": (32, 32)}  # iterations, fields of the configuration
 BARELY_TRAINED = 1, {"num_base_points": 100, "hidden_sizes": (4,), "num_envs": 4, "fit_steps": 1}
@@ -93,7 +94,7 @@ def judge(env, training, solvers, num_states):
 def label(row):
     """What a solver is called."""
     steps = "" if row["steps"] == "" else f", {row['steps']:.0f} steps"
-    return f"{row['maximizer']}, {row['candidates']:.0f} {'a side' if row['maximizer'] == 'grid' else 'starts'}{steps}"
+    return f"{row['maximizer']}, {row['candidates']:.0f} {CANDIDATES[row['maximizer']]}{steps}"
 
 
 def draw(rows):
@@ -106,14 +107,15 @@ def draw(rows):
                 axes.axvline(row["microseconds"], color="black", linestyle="--", label="milp, exact")
                 continue
             color, marker = STYLES[row["maximizer"]]
+            default = (row["maximizer"], row["candidates"], row["steps"]) == SOLVERS[0]
             most = max(r["candidates"] for r in rows if r["maximizer"] == row["maximizer"])
-            face = color if row["candidates"] == most else "none"
+            face = color if row["candidates"] == most else "white"
             axes.loglog(row["microseconds"], max(FLOOR, row["mean_gap"]), marker, color=color, markerfacecolor=face,
-                        markersize=8, linestyle="none", label=label(row))  # fmt: skip
+                        markersize=8, linestyle="none", label=label(row) + ", the default" * default)  # fmt: skip
         actions = ENVS[env]
         axes.set(title=f"{env}, {actions} action{'s' * (actions > 1)}", xlabel="time (µs per state)")
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel(f"mean gap to the maximum (% of q's range,\n{FLOOR:g} stands for less)")
+    panels[0][0].set_ylabel("mean gap to the maximum (% of q's range,\n10⁻⁵ stands for less)")
     page.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return page
 
