@@ -115,7 +115,7 @@ def draw_simplex(axes, second, third, *_):
     for i, corner in enumerate(corners):
         place = {"xytext": (0, -5 if i < 2 else 4), "textcoords": "offset points"}
         axes.annotate(f"π = {probabilities[i]:.2f}", corner, **place, ha="center", va="top" if i < 2 else "bottom")
-    axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-0.15, 1.15), ylim=(-0.14, 1.02))
+    axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-0.2, 1.2), ylim=(-0.14, 1.02))
 
 
 def report_panels(rows):

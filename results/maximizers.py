@@ -23,7 +23,8 @@ def four_inputs():
     return lqr.LQR(lqr.system(4).replace(B=0.5 * np.eye(4), R=np.eye(4)))
 
 
-gymnax.register("FourInputs-misc", four_inputs)
+if "FourInputs-misc" not in gymnax.registered_envs:
+    gymnax.register("FourInputs-misc", four_inputs)
 ENVS = {"Pendulum-v1": 1, "Reacher-misc": 2, "FourInputs-misc": 4}
 SOLVERS = (  # maximizer, num_candidates, maximizer_steps; the first is the default
     ("gradient", 4, 10),
