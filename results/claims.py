@@ -60,7 +60,10 @@ def draw_final_returns(rows, ylabel="greedy return at the end", width=None):
     widths = [len(on(env, rows)) for env in places]
     page, panels = study.figure(width or 1.6 + 0.95 * sum(widths), 3.6, 1, len(places), width_ratios=widths)
     for axes, env in zip(panels[0], places, strict=True):
-        names = {label: what.replace(", ", "\n").replace(" ", "\n") for label, what in on(env, rows).items()}
+        names = {
+            label: what.replace(", ", "\n").replace(" x ", "x").replace(" ", "\n")
+            for label, what in on(env, rows).items()
+        }
         study.draw_finals(axes, rows, names, color=algorithm_color)
         study.optimum_line(axes, optimum(env))
         axes.set_title(env)

@@ -1,77 +1,142 @@
-"""Draw what `algorithms/gradient_estimators.py` samples, and what Gumbel-softmax's temperature trades.
+"""What `algorithms/gradient_estimators.py` samples, and what Gumbel-softmax's temperature trades.
 
-    python results/distributions.py
-
-`distributions.png`: histograms of samples under the densities. `gumbel_softmax.png`: of the derivative of E[f(z)] with
-respect to three logits, z one-hot and f(z) = q z with q = (1, 0, 2), the squared bias and the variance of one sample's
-pathwise estimate through Gumbel-softmax over its temperature, beside the score function through Gumbel-max,
-which has no bias. The true derivative is a sum over the three values of z. `gumbel_softmax.md` holds the numbers.
+`distributions`: histograms of samples beside the densities; of Gumbel-softmax over three categories the samples
+themselves. `gumbel_softmax`: of the derivative of E[f(z)] with respect to three logits, z one-hot and f(z) = q z with
+q = (1, 0, 2), the squared bias and the variance of one sample's pathwise estimate through Gumbel-softmax over its
+temperature, beside the score function through Gumbel-max, which has no bias. The true derivative is a sum over the
+three values of z.
 """
-
-import argparse
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark import ROOT, machine
+import study
 from jax import lax, random
-from matplotlib.figure import Figure
+from study import Experiment
 
 from algorithms import gradient_estimators as ge
-from common import plot
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # told apart by the colour-blind
-LOGITS = jnp.array([0.5, 0.0, -1.0])
-VALUES = jnp.array([1.0, 0.0, 2.0])
-TEMPERATURES = np.geomspace(0.05, 5, 13)
-PANELS = {  # distribution, parameters, range
-    "Gaussian (0, 1)": (ge.GAUSSIAN, (0.0, 1.0), (-4, 4)),
-    "truncated normal (0, 1) on [-1, 2]": (ge.TRUNCATED_NORMAL, (0.0, 1.0, -1.0, 2.0), (-1, 2)),
-    "truncated normal (0, 1) on [6, 7]": (ge.TRUNCATED_NORMAL, (0.0, 1.0, 6.0, 7.0), (6, 7)),
-    "Kumaraswamy (2, 5)": (ge.KUMARASWAMY, (2.0, 5.0), (0, 1)),
-    "Kumaraswamy (0.5, 0.5)": (ge.KUMARASWAMY, (0.5, 0.5), (0, 1)),
+LOGITS = np.array([0.5, 0.0, -1.0], np.float32)
+VALUES = np.array([1.0, 0.0, 2.0], np.float32)
+COVARIANCE = np.array([[1.0, 0.8], [0.8, 1.0]], np.float32)
+TEMPERATURES = [round(t, 4) for t in np.geomspace(0.05, 5, 13)]
+BINS, BINS_OF_PLANE, POINTS_OF_BIN = 50, 18, 2000
+SIMPLEX, PLANE = "Gumbel-softmax, temperature", "Gaussian, correlation"
+PANELS = {  # name in the algorithm's file, parameters, range
+    "Gaussian (0, 1)": ("GAUSSIAN", (0.0, 1.0), (-4, 4)),
+    "truncated normal (0, 1) on [-1, 2]": ("TRUNCATED_NORMAL", (0.0, 1.0, -1.0, 2.0), (-1, 2)),
+    "truncated normal (0, 1) on [6, 7]": ("TRUNCATED_NORMAL", (0.0, 1.0, 6.0, 7.0), (6, 7)),
+    "Kumaraswamy (2, 5)": ("KUMARASWAMY", (2.0, 5.0), (0, 1)),
+    "Kumaraswamy (0.5, 0.5)": ("KUMARASWAMY", (0.5, 0.5), (0, 1)),
+    f"{PLANE} 0.8": ("MULTIVARIATE_GAUSSIAN", (), (-4, 4)),
+    **{f"{SIMPLEX} {t:g}": ("GUMBEL_SOFTMAX", (t,), ()) for t in (0.1, 0.5, 2)},
 }
 
 
-def panels(num_samples):
-    """The figure of samples and densities."""
-    figure = Figure(figsize=(11, 9), dpi=120, layout="constrained")
-    cells = figure.subplots(3, 3).ravel()
-    for axes, (name, (distribution, params, limits)) in zip(cells, PANELS.items(), strict=False):
-        x = distribution.sample(params, distribution.noise(random.key(0), (num_samples,)))
-        axes.hist(np.asarray(x), bins=60, range=limits, density=True, color=BLUE, alpha=0.4, label="samples")
-        grid = jnp.linspace(*limits, 402)[1:-1]
-        axes.plot(grid, jnp.exp(distribution.log_prob(params, grid)), color="black", label="density")
-        axes.set(title=name, xlabel="x", ylabel="density", ylim=(0, None))
-    cells[0].legend(fontsize="small")
-    draw_plane(cells[5], num_samples)
-    for axes, temperature in zip(cells[6:], (0.1, 0.5, 2.0), strict=True):
-        draw_simplex(axes, temperature)
-    return figure
+# Samples and densities
 
 
-def draw_plane(axes, num_samples):
-    """Samples of a multivariate Gaussian, and lines of equal density."""
-    params = jnp.zeros(2), jnp.linalg.cholesky(jnp.array([[1.0, 0.8], [0.8, 1.0]]))
-    noise = ge.MULTIVARIATE_GAUSSIAN.noise(random.key(0), (min(num_samples, 2000), 2))
-    x = ge.MULTIVARIATE_GAUSSIAN.sample(params, noise)
-    axes.scatter(*x.T, s=2, color=BLUE, alpha=0.4)
-    grid = np.stack(np.meshgrid(np.linspace(-4, 4, 80), np.linspace(-4, 4, 80)), axis=-1)
-    density = jnp.exp(ge.MULTIVARIATE_GAUSSIAN.log_prob(params, jnp.asarray(grid)))
-    axes.contour(*np.moveaxis(grid, -1, 0), density, 6, colors="black", linewidths=0.8)
-    axes.set(title="Gaussian, correlation 0.8", xlabel="x₁", ylabel="x₂")
+def measure_panel(cell):
+    """Rows of the place `x`, `y` of a bin, or of a sample on the simplex, and both densities there.
+
+    `density` is its mean over the bin, which is what the samples of a bin tell.
+    """
+    (name, params, limits), num_samples = cell
+    distribution, key = getattr(ge, name), random.key(0)
+    if name == "GUMBEL_SOFTMAX":
+        x = distribution.sample((LOGITS, *params), distribution.noise(key, (min(num_samples, 200), 3)))
+        return [{"x": f"{u:.3f}", "y": f"{v:.3f}", "samples": "", "density": ""} for u, v in np.asarray(x)[:, 1:]]
+    if name == "MULTIVARIATE_GAUSSIAN":
+        params = jnp.zeros(2), jnp.linalg.cholesky(COVARIANCE)
+        x = np.asarray(distribution.sample(params, distribution.noise(key, (num_samples, 2))))
+        samples, edges, _ = np.histogram2d(*x.T, BINS_OF_PLANE, [limits, limits])
+        samples, bins = samples.ravel() / num_samples / (edges[1] - edges[0]) ** 2, BINS_OF_PLANE
+        middle = lambda edges, n: (edges[:-1, None] + np.diff(edges)[:, None] * (np.arange(n) + 0.5) / n).ravel()
+        fine = np.stack(np.meshgrid(*[middle(edges, 8)] * 2, indexing="ij"), axis=-1)
+        density = np.exp(distribution.log_prob(params, jnp.asarray(fine, jnp.float32)))
+        density = density.reshape(bins, 8, bins, 8).mean(axis=(1, 3)).ravel()
+        places = np.stack(np.meshgrid(*[middle(edges, 1)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
+    else:
+        x = np.asarray(distribution.sample(params, distribution.noise(key, (num_samples,))))
+        counts, edges = np.histogram(x, BINS, limits)
+        samples = counts / num_samples / (edges[1] - edges[0])
+        fine = np.linspace(*limits, 2 * BINS * POINTS_OF_BIN + 1)[1::2]
+        density = np.exp(np.asarray(distribution.log_prob(params, jnp.asarray(fine, jnp.float32)), np.float64))
+        density = density.reshape(BINS, -1).mean(axis=1)
+        places = [(middle, "") for middle in (edges[:-1] + edges[1:]) / 2]
+    text = lambda x: x if isinstance(x, str) else f"{x:.4g}"
+    found = zip(places, samples, density, strict=True)
+    return [{"x": text(x), "y": text(y), "samples": text(s), "density": text(d)} for (x, y), s, d in found]
 
 
-def draw_simplex(axes, temperature):
-    """Samples of Gumbel-softmax over three categories, on the triangle that holds them."""
-    x = ge.GUMBEL_SOFTMAX.sample((LOGITS, temperature), ge.GUMBEL_SOFTMAX.noise(random.key(0), (2000, 3)))
+def column(rows, label, name):
+    """A column of a label."""
+    return np.array([row[name] for row in rows if row["label"] == label])
+
+
+def draw_panels(rows):
+    """A panel for each distribution."""
+    labels = study.labels(rows)
+    page, panels = study.figure(10, 2.9 * -(-len(labels) // 3), -(-len(labels) // 3), 3)
+    for axes in panels.ravel()[len(labels) :]:
+        axes.set_axis_off()
+    for axes, label in zip(panels.ravel(), labels, strict=False):
+        kind = draw_simplex if label.startswith(SIMPLEX) else draw_plane if label.startswith(PLANE) else draw_line
+        kind(axes, *(column(rows, label, name) for name in ("x", "y", "samples", "density")))
+        axes.set_title(label, fontsize="medium")
+    panels[0][0].legend(fontsize="small")
+    return page
+
+
+def draw_line(axes, x, _, samples, density):
+    """Shares of the samples as bars, the density as a line."""
+    axes.bar(x, samples, x[1] - x[0], color=BLUE, alpha=0.4, label="samples")
+    axes.plot(x, density, color="black", label="density")
+    axes.set(xlabel="x", ylabel="density (1 / unit of x)", ylim=(0, None))
+
+
+def draw_plane(axes, x, y, samples, density):
+    """Shares of the samples as shades, and lines of equal density."""
+    side = np.unique(x)
+    x, y, samples, density = (values.reshape(len(side), -1) for values in (x, y, samples, density))
+    mesh = axes.pcolormesh(x, y, samples, cmap="Blues", shading="nearest")
+    axes.figure.colorbar(mesh, ax=axes, label="samples (1 / unit²)")
+    axes.contour(x, y, density, 5, colors="black", linewidths=0.8)
+    axes.set(xlabel="x₁", ylabel="x₂ (lines: density)")
+
+
+def draw_simplex(axes, second, third, *_):
+    """Samples over three categories, on the triangle that holds them."""
     corners = np.array([[0, 0], [1, 0], [0.5, np.sqrt(3) / 2]])
-    axes.scatter(*(np.asarray(x) @ corners).T, s=2, color=ORANGE, alpha=0.5)
+    axes.scatter(*(np.stack([1 - second - third, second, third], axis=1) @ corners).T, s=5, color=ORANGE, alpha=0.6)
     axes.plot(*corners[[0, 1, 2, 0]].T, color="black", linewidth=1)
+    probabilities = np.exp(LOGITS) / np.exp(LOGITS).sum()
     for i, corner in enumerate(corners):
-        axes.annotate(f"π = {jax.nn.softmax(LOGITS)[i]:.2f}", corner, ha="center", va="top" if i < 2 else "bottom")
-    axes.set(title=f"Gumbel-softmax, temperature {temperature:g}", xticks=[], yticks=[], aspect="equal")
-    axes.set(xlim=(-0.15, 1.15), ylim=(-0.12, 1.0))
+        place = {"xytext": (0, -5 if i < 2 else 4), "textcoords": "offset points"}
+        axes.annotate(f"π = {probabilities[i]:.2f}", corner, **place, ha="center", va="top" if i < 2 else "bottom")
+    axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-0.2, 1.2), ylim=(-0.14, 1.02))
+
+
+def report_panels(rows):
+    """How far the samples are from the densities."""
+    lines, shares = [], []
+    for label in study.labels(rows):
+        if label.startswith(SIMPLEX):
+            continue
+        x, samples, density = (column(rows, label, name) for name in ("x", "samples", "density"))
+        width = np.diff(np.unique(x)).mean()
+        shares.append(50 * np.abs(samples - density).sum() * width ** (2 if label.startswith(PLANE) else 1))
+        lines.append([label, f"{shares[-1]:.2f} %"])
+    text = (
+        f"Of the samples at most {max(shares):.2f} % would have to move to another bin for the histogram to be that of "
+        "the density, which chance alone asks of some. A point of a triangle is a sample of Gumbel-softmax, its "
+        "corners are the categories with their probabilities: the lower the temperature, the closer to a corner."
+    )
+    return "\n".join([text, "", study.table(["distribution", "samples in another bin"], lines)])
+
+
+# Gumbel-softmax: bias and variance
 
 
 def value(z, theta):
@@ -82,7 +147,7 @@ def value(z, theta):
 def bias_and_variance(estimator, distribution, num_samples):
     """Squared bias and variance of one sample's estimate, each summed over the logits."""
     noise = distribution.noise(random.key(0), (num_samples, 1, 3))
-    one = lambda noise: estimator(value, distribution, LOGITS, noise)
+    one = lambda noise: estimator(value, distribution, jnp.asarray(LOGITS), noise)
     estimates = np.asarray(jax.jit(lambda: lax.map(one, noise, batch_size=1000))(), np.float64)
     truth = np.asarray(jax.grad(lambda logits: jax.nn.softmax(logits) @ value(jnp.eye(3), logits))(LOGITS), np.float64)
     return np.square(estimates.mean(axis=0) - truth).sum(), estimates.var(axis=0).sum()
@@ -97,44 +162,86 @@ def at_temperature(temperature):
     )
 
 
-def trade_off(relaxed, score):
-    """The figure of bias and variance over temperature."""
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    bias, variance = relaxed.T
-    axes.loglog(TEMPERATURES, bias, color=ORANGE, marker="s", label="Gumbel-softmax: squared bias")
-    axes.loglog(TEMPERATURES, variance, color=BLUE, marker="o", label="variance of one sample")
-    axes.loglog(TEMPERATURES, bias + variance / 100, color=GREEN, marker="^", label="mean squared error of 100 samples")
-    axes.axhline(score[1], color="black", linestyle="--", label="score function through Gumbel-max: variance")
-    axes.set(xlabel="temperature", ylabel="of the gradient, summed over three logits")
-    axes.legend(fontsize="small")
+def measure_trade_off(cell):
+    """The row of a temperature and a number of samples; without a temperature that of the score function."""
+    temperature, num_samples = cell
+    if temperature:
+        found = bias_and_variance(ge.reparameterized, at_temperature(temperature), num_samples)
+    else:
+        found = bias_and_variance(ge.score_function, ge.GUMBEL_MAX, num_samples)
+    row = dict(zip(("squared_bias", "variance"), map(study.short, found), strict=True))
+    return [{"temperature": temperature, "samples": num_samples} | row]
+
+
+def trade_off_cells(temperatures, num_samples):
+    """`{label: arguments}`."""
+    cells = {"score function, Gumbel-max": ("", num_samples)}
+    return cells | {f"pathwise, temperature {t:.2f}": (t, num_samples) for t in temperatures}
+
+
+def draw_trade_off(rows):
+    """Bias and variance over temperature."""
+    page, ((axes,),) = study.figure(7.5, 4.5)
+    (score,) = (row for row in rows if row["temperature"] == "")
+    names = "temperature", "squared_bias", "variance", "samples"
+    t, bias, variance, samples = np.array([[row[name] for name in names] for row in rows if row["temperature"] != ""]).T
+    axes.loglog(t, bias, color=ORANGE, marker="s", label="Gumbel-softmax: squared bias")
+    axes.loglog(t, variance / samples, color=ORANGE, linestyle=":", label="its sampling error")
+    axes.loglog(t, variance, color=BLUE, marker="o", label="Gumbel-softmax: variance of one sample")
+    axes.loglog(t, bias + variance / 100, color=GREEN, marker="^", label="Gumbel-softmax: mean squared error of 100")
+    axes.axhline(score["variance"], color="black", linestyle="--", label="score function: variance of one sample")
+    axes.axhline(
+        score["variance"] / 100, color="black", linestyle="-.", label="score function: mean squared error of 100"
+    )
+    axes.set(xlabel="temperature", ylabel="of the gradient, summed over three logits\n(units of f, squared)")
+    axes.set_ylim(bottom=1e-7)
+    axes.legend(fontsize="x-small", loc="lower right")
     axes.grid(alpha=0.3)
-    return figure
+    return page
 
 
-def main():
-    """Parse the command line; compute; write figures and table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-samples", type=int, default=1_000_000)
-    num_samples = parser.parse_args().num_samples
-    plot.save(panels(min(num_samples, 100_000)), ROOT / "results" / "distributions.png")
-    relaxed = np.array([bias_and_variance(ge.reparameterized, at_temperature(t), num_samples) for t in TEMPERATURES])
-    score = bias_and_variance(ge.score_function, ge.GUMBEL_MAX, num_samples)
-    plot.save(trade_off(relaxed, score), ROOT / "results" / "gumbel_softmax.png")
+def report_trade_off(rows):
+    """Which temperature is best for 100 samples, and whether it is better than the score function."""
+    error = lambda row: row["squared_bias"] + row["variance"] / 100
+    (score,) = (row for row in rows if row["temperature"] == "")
+    best = min((row for row in rows if row["temperature"] != ""), key=error)
+    text = (
+        f"From 100 samples the MSE is least at temperature {best['temperature']:.2f}: {error(best):.4f}, "
+        f"where the score function, which has no bias, has {error(score):.4f}. The derivative is that of E[f(z)] with "
+        "respect to the logits of a categorical z; squared biases as small as the sampling error say nothing."
+    )
     lines = [
-        f"Derivative of E[f(z)] with respect to the logits of a categorical z, {num_samples:,} samples.",
-        f"`python results/distributions.py --num-samples {num_samples}`",
-        f"on {machine()}.",
-        "",
-        "| estimator | temperature | squared bias | variance of one sample |",
-        "|---|---|---|---|",
-        f"| score function, Gumbel-max |  | {score[0]:.7f} | {score[1]:.5f} |",
+        [
+            row["label"],
+            f"{row['squared_bias']:.7f}",
+            f"{row['variance'] / row['samples']:.1e}",
+            f"{row['variance']:.5f}",
+        ]
+        for row in rows
     ]
-    for temperature, (bias, variance) in zip(TEMPERATURES, relaxed, strict=True):
-        lines.append(f"| pathwise, Gumbel-softmax | {temperature:.2f} | {bias:.7f} | {variance:.5f} |")
-    (ROOT / "results" / "gumbel_softmax.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    header = ["estimator", "squared bias", "its sampling error", "variance of one sample"]
+    return "\n".join([text, "", study.table(header, lines)])
 
 
-if __name__ == "__main__":
-    main()
+EXPERIMENTS = {
+    "distributions": Experiment(
+        title="Distributions whose samples can be differentiated",
+        cells={label: (panel, 1_000_000) for label, panel in PANELS.items()},
+        measure=measure_panel,
+        report=report_panels,
+        draw=draw_panels,
+        quick=lambda cells: {label: (cells[label][0], 1000) for label in (*list(cells)[:1], *list(cells)[5:7])},
+        sources=("distributions",),
+        sample="a million samples of each, 200 of Gumbel-softmax",
+    ),
+    "gumbel_softmax": Experiment(
+        title="Gumbel-softmax: bias and variance over temperature",
+        cells=trade_off_cells(TEMPERATURES, 1_000_000),
+        measure=measure_trade_off,
+        report=report_trade_off,
+        draw=draw_trade_off,
+        quick=lambda _: trade_off_cells(TEMPERATURES[::6], 2000),
+        sources=("distributions",),
+        sample="a million samples of each",
+    ),
+}

@@ -1,25 +1,22 @@
 """How noisy are score-function and pathwise policy gradients? Over horizon and dimension, on linear-quadratic systems.
 
-    python results/gradient_variance.py
-
 Each gradient is one rollout's, of the discounted return with respect to the same Gaussian policy a = K s + std e, by
 three estimators: the score function with rewards to go; the same with a baseline for each time, the mean of the other
 rollouts' rewards to go; and the derivative along the path. All have the same mean. What is drawn is the variance, a sum
 over the parameters, in ratio to the squared length of the mean: the number of rollouts whose average is as long as its
-own error. Writes `gradient_variance.md` and `gradient_variance.png`.
+own error.
 """
-
-import argparse
 
 import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark import ROOT, machine
-from matplotlib.figure import Figure
+import study
+from claims import verdict
+from study import Experiment
 
 from algorithms import svg
-from common import lqr, plot
+from common import lqr
 
 HORIZONS = (1, 2, 5, 10, 20, 50, 100)
 GAMMA, STD = 0.99, 0.3
@@ -77,43 +74,64 @@ def relative_variances(env, horizon, num_rollouts):
     return [x.var(axis=0).sum() / np.square(mean).sum() for x in flat]
 
 
-def draw(table, num_rollouts):
-    """The figure."""
-    figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(lqr.ENVS), sharey=True)
-    for axes, (env, dims) in zip(panels, lqr.ENVS.items(), strict=True):
-        for i, (name, (color, marker)) in enumerate(STYLES.items()):
-            axes.loglog(HORIZONS, [table[env, t][i] for t in HORIZONS], color=color, marker=marker, label=name)
-        axes.set_title(f"{dims} state dimension{'s' if dims > 1 else ''}")
-        axes.set_xlabel("horizon (steps)")
+def measure(cell):
+    """A row for each estimator; `cell` has environment, horizon and number of rollouts."""
+    env, horizon, _ = cell
+    place = {"dimensions": lqr.ENVS[env], "horizon": horizon}
+    found = zip(STYLES, relative_variances(*cell), strict=True)
+    return [place | {"estimator": name, "relative_variance": study.short(x)} for name, x in found]
+
+
+def cells(envs, horizons, num_rollouts):
+    """`{label: arguments of relative_variances}`."""
+    return {f"{env}, {t} step{'s' * (t > 1)}": (env, t, num_rollouts) for env in envs for t in horizons}
+
+
+def draw(rows):
+    """A panel for each system: relative variance over the horizon."""
+    sizes = sorted({row["dimensions"] for row in rows})
+    page, panels = study.figure(10, 3.8, 1, len(sizes), sharey=True)
+    for axes, dims in zip(panels[0], sizes, strict=True):
+        for name, (color, marker) in STYLES.items():
+            chosen = [row for row in rows if (row["dimensions"], row["estimator"]) == (dims, name)]
+            values = [row["relative_variance"] for row in chosen]
+            axes.loglog([row["horizon"] for row in chosen], values, color=color, marker=marker, label=name)
+        axes.set(title=f"{dims:.0f} state dimension{'s' * (dims > 1)}", xlabel="horizon (steps)")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("variance of one rollout's gradient\n/ squared length of its mean")
-    panels[0].legend(fontsize="small")
-    figure.suptitle(f"Policy gradients on linear-quadratic systems, {num_rollouts:,} rollouts")
-    plot.save(figure, ROOT / "results" / "gradient_variance.png")
+    panels[0][0].set_ylabel("variance of one rollout's gradient\n/ squared length of its mean")
+    panels[0][0].legend(fontsize="small")
+    return page
 
 
-def main():
-    """Parse the command line; compute; write the table and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-rollouts", type=int, default=20_000)
-    num_rollouts = parser.parse_args().num_rollouts
-    table = {(env, t): relative_variances(env, t, num_rollouts) for env in lqr.ENVS for t in HORIZONS}
+def report(rows):
+    """Is the pathwise gradient the least noisy everywhere?"""
+    systems = {}
+    for row in rows:
+        systems.setdefault((row["dimensions"], row["horizon"]), {})[row["estimator"]] = row["relative_variance"]
+    held = [min(found, key=found.get) == "pathwise" for found in systems.values()]
+    gains = [found["score function with baseline"] / found["pathwise"] for found in systems.values()]
+    text = (
+        f"{verdict(held)} The claim is that a reparameterised gradient is less noisy than a score function, with and "
+        f"without a baseline: it is in {sum(held)} of {len(held)} settings. Against the score function with its "
+        f"baseline the pathwise gradient needs from {min(gains):,.1f} to {max(gains):,.1f} times fewer rollouts for "
+        "the same error; it asks for dynamics that can be differentiated."
+    )
     lines = [
-        "Variance of one rollout's policy gradient in ratio to the squared length of its mean, on linear-quadratic",
-        f"systems, from {num_rollouts:,} rollouts.",
-        f"`python results/gradient_variance.py --num-rollouts {num_rollouts}`",
-        f"on {machine()}.",
-        "",
-        f"| dimensions | horizon | {' | '.join(STYLES)} |",
-        "|---|---|---|---|---|",
+        [f"{dims:.0f}", f"{horizon:.0f}", *(f"{found[name]:,.2f}" for name in STYLES)]
+        for (dims, horizon), found in systems.items()
     ]
-    for (env, horizon), values in table.items():
-        lines.append(f"| {lqr.ENVS[env]} | {horizon} | {' | '.join(f'{x:,.2f}' for x in values)} |")
-    (ROOT / "results" / "gradient_variance.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    draw(table, num_rollouts)
+    return "\n".join([text, "", study.table(["dimensions", "horizon", *STYLES], lines)])
 
 
-if __name__ == "__main__":
-    main()
+EXPERIMENTS = {
+    "gradient_variance": Experiment(
+        title="Reparameterised gradients beat score functions: variance",
+        cells=cells(lqr.ENVS, HORIZONS, 20_000),
+        measure=measure,
+        report=report,
+        draw=draw,
+        quick=lambda _: cells(["LQR1-v0"], (2,), 100),
+        sources=("gradient_variance",),
+        sample="20,000 rollouts of each",
+    )
+}

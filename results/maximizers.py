@@ -1,21 +1,18 @@
-"""Judge fqi's maximisers by the exact maximum of trained Q-networks; write `maximizers.md`.
-
-    python results/maximizers.py
+"""Judge fqi's maximisers by the exact maximum of trained Q-networks.
 
 The networks (hidden 32 x 32) are those of fqi on environments with 1, 2 and 4 actions, the last a linear-quadratic
 system. A gap is the exact maximum, by mixed-integer programming, less the value of the action found, in percent of the
 range of q: from its least value over random actions to its greatest, over all states. Times are those of the compiled
-maximiser on many states at once, on one core.
+maximiser on many states at once, on one core, medians of three calls. Close other programs.
 """
 
-import argparse
 import statistics
-import time
 
 import gymnax
 import jax
 import numpy as np
-from benchmark import ROOT, machine
+import study
+from study import Experiment
 
 from algorithms import fqi
 from common import devices, lqr, milp
@@ -26,7 +23,8 @@ def four_inputs():
     return lqr.LQR(lqr.system(4).replace(B=0.5 * np.eye(4), R=np.eye(4)))
 
 
-gymnax.register("FourInputs-misc", four_inputs)
+if "FourInputs-misc" not in gymnax.registered_envs:
+    gymnax.register("FourInputs-misc", four_inputs)
 ENVS = {"Pendulum-v1": 1, "Reacher-misc": 2, "FourInputs-misc": 4}
 SOLVERS = (  # maximizer, num_candidates, maximizer_steps; the first is the default
     ("gradient", 4, 10),
@@ -36,67 +34,124 @@ SOLVERS = (  # maximizer, num_candidates, maximizer_steps; the first is the defa
     ("cem", 64, 5),
     ("grid", 11, 1),
 )
+STYLES = {  # told apart by the colour-blind
+    "gradient": ("#0072B2", "o"),
+    "lbfgs": ("#E69F00", "s"),
+    "cem": ("#009E73", "^"),
+    "grid": ("#CC79A7", "D"),
+}
+CANDIDATES = {"gradient": "starts", "lbfgs": "starts", "cem": "samples", "grid": "points of an axis"}
+FLOOR = 1e-5  # percent; less is a matter of rounding
+TRAINED = 20, {"hidden_sizes": (32, 32)}  # iterations, fields of the configuration
+BARELY_TRAINED = 1, {"num_base_points": 100, "hidden_sizes": (4,), "num_envs": 4, "fit_steps": 1}
 
 
-def train(env):
-    """Configuration, parameters of the critic, and next observations of the base points."""
-    fields = {"num_iterations": 20, "iterations_per_epoch": 20, "num_eval_episodes": 1, "gamma": 0.9}
-    config = fqi.Config(env=env, hidden_sizes=(32, 32), **fields)
-    state, _ = jax.jit(fqi.train)(config, jax.random.key(0))
-    return config, state.params.critic, state.base_points.next_obs
-
-
-def measure(config, params, obs, num_states):
+def solve(config, params, obs, num_states):
     """Actions at the first `num_states` and seconds a state, the median of three calls on more of them."""
     many = obs[: 500 if config.maximizer == "lbfgs" else 8192]
-    solve = jax.jit(fqi.maximize, compiler_options=devices.cpu_compiler_options())
-    actions = jax.block_until_ready(solve(config, params, many, jax.random.key(1)))
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        jax.block_until_ready(solve(config, params, many, jax.random.key(1)))
-        seconds.append((time.perf_counter() - start) / len(many))
-    return actions[:num_states], statistics.median(seconds)
+    program = jax.jit(fqi.maximize, compiler_options=devices.cpu_compiler_options())
+    call = lambda: program(config, params, many, jax.random.key(1))
+    actions = jax.block_until_ready(call())
+    return actions[:num_states], statistics.median(study.seconds(call) for _ in range(3)) / len(many)
 
 
-def main():
-    """Parse the command line; train, judge, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-states", type=int, default=200)
-    num_states = parser.parse_args().num_states
-    devices.set_up_backend()
+def measure(cell):
+    """A row for each solver; `cell` has environment, training, solvers and number of states."""
+    with study.one_thread():
+        return judge(*cell)
+
+
+def judge(env, training, solvers, num_states):
+    """The rows of `measure`."""
+    num_iterations, fields = training
+    config = fqi.Config(env=env, gamma=0.9, **fields)
+    state, iteration = jax.jit(fqi.init)(config, jax.random.key(0)), jax.jit(fqi.iteration)
+    for _ in range(num_iterations):
+        state, _ = iteration(config, state)
+    params, obs = state.params.critic, state.base_points.next_obs
+    states, layers = obs[:num_states], jax.tree.map(np.asarray, params)
+    solutions = []
+    seconds = study.seconds(lambda: solutions.extend(milp.relu_network(layers, s) for s in np.asarray(states)))
+    exact, proof = (np.array([getattr(s, name) for s in solutions]) for name in ("value", "gap"))
+    actions = jax.random.uniform(jax.random.key(2), (1000, 1, ENVS[env]), minval=-1, maxval=1)
+    q = jax.jit(jax.vmap(lambda a: fqi.critic(config, params, states, a.repeat(num_states, axis=0))))(actions)
+    scale = 100 / (exact.max() - q.min())
+
+    def row(name, candidates, steps, gap, seconds):
+        figures = {"mean_gap": gap.mean(), "worst_gap": gap.max(), "microseconds": 1e6 * seconds}
+        figures = {name: study.short(x) for name, x in figures.items()}
+        return {"env": env, "maximizer": name, "candidates": candidates, "steps": steps} | figures
+
+    rows = [row("milp", "", "", scale * proof, seconds / num_states)]
+    for name, candidates, steps in solvers:
+        own = {"maximizer": name, "num_candidates": candidates, "maximizer_steps": steps}
+        config = fqi.Config(**(vars(config) | own))
+        actions, seconds = solve(config, params, obs, num_states)
+        gap = scale * (exact - np.asarray(fqi.critic(config, params, states, actions)))
+        rows.append(row(name, candidates, "" if name == "grid" else steps, gap, seconds))
+    return rows
+
+
+def label(row):
+    """What a solver is called."""
+    steps = "" if row["steps"] == "" else f", {row['steps']:.0f} steps"
+    return f"{row['maximizer']}, {row['candidates']:.0f} {CANDIDATES[row['maximizer']]}{steps}"
+
+
+def draw(rows):
+    """A panel for each environment: gap over time."""
+    envs = study.labels(rows)
+    page, panels = study.figure(3.8 * max(2, len(envs)), 4.3, 1, len(envs), sharey=True)
+    for axes, env in zip(panels[0], envs, strict=True):
+        for row in (row for row in rows if row["label"] == env):
+            if row["maximizer"] == "milp":
+                axes.axvline(row["microseconds"], color="black", linestyle="--", label="milp, exact")
+                continue
+            color, marker = STYLES[row["maximizer"]]
+            default = (row["maximizer"], row["candidates"], row["steps"]) == SOLVERS[0]
+            most = max(r["candidates"] for r in rows if r["maximizer"] == row["maximizer"])
+            face = color if row["candidates"] == most else "white"
+            axes.loglog(row["microseconds"], max(FLOOR, row["mean_gap"]), marker, color=color, markerfacecolor=face,
+                        markersize=8, linestyle="none", label=label(row) + ", the default" * default)  # fmt: skip
+        actions = ENVS[env]
+        axes.set(title=f"{env}, {actions} action{'s' * (actions > 1)}", xlabel="time (µs per state)")
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("mean gap to the maximum (% of q's range,\n10⁻⁵ stands for less)")
+    page.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    return page
+
+
+def report(rows):
+    """What the default misses, and the table."""
+    default = [row for row in rows if (row["maximizer"], row["candidates"]) == SOLVERS[0][:2]]
+    exact = [row["microseconds"] for row in rows if row["maximizer"] == "milp"]
+    text = (
+        f"The default, {label(default[0])}, misses at most {max(row['mean_gap'] for row in default):.2f} % of q's "
+        f"range on average and {max(row['worst_gap'] for row in default):.2f} % in the worst state, within "
+        f"{max(row['microseconds'] for row in default):,.1f} µs a state, where the exact solver takes at least "
+        f"{min(exact):,.0f} µs. The lines of `milp` say how far that is from a proof; gaps are in percent of q's "
+        "range, from its least value over random actions to its greatest."
+    )
+    percent = lambda row: [f"{row[name]:.4f} %" for name in ("mean_gap", "worst_gap")]
+    count = lambda x: x if x == "" else f"{x:.0f}"
     lines = [
-        f"Gap to the exact maximum of q over {num_states} states, in percent of its range, and time of each state.",
-        f"`python results/maximizers.py --num-states {num_states}`",
-        f"on {machine()}.",
-        "",
-        "| environment | actions | maximizer | candidates | steps | mean gap | worst gap | microseconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for env, action_dim in ENVS.items():
-        config, params, obs = train(env)
-        start = time.perf_counter()
-        layers = [tuple(np.asarray(x) for x in layer) for layer in params]
-        solutions = [milp.relu_network(layers, s) for s in np.asarray(obs[:num_states])]
-        seconds = (time.perf_counter() - start) / num_states
-        exact, proof = (np.array([getattr(s, name) for s in solutions]) for name in ("value", "gap"))
-        random_actions = jax.random.uniform(jax.random.key(2), (1000, 1, action_dim), minval=-1, maxval=1)
-        tile = lambda action, obs=obs: np.broadcast_to(action, (num_states, action.shape[-1]))
-        q = np.array([fqi.critic(config, params, obs[:num_states], tile(action)) for action in random_actions])
-        scale = 100 / (exact.max() - q.min())
-        figures = f"{scale * proof.mean():.4f} % | {scale * proof.max():.4f} % | {1e6 * seconds:,.0f}"
-        lines.append(f"| {env} | {action_dim} | milp |  |  | {figures} |")
-        for name, candidates, steps in SOLVERS:
-            fields = {"maximizer": name, "num_candidates": candidates, "maximizer_steps": steps}
-            config = fqi.Config(**(vars(config) | fields))
-            actions, seconds = measure(config, params, obs, num_states)
-            gap = scale * (exact - np.asarray(fqi.critic(config, params, obs[:num_states], actions)))
-            figures = f"{gap.mean():.4f} % | {gap.max():.4f} % | {1e6 * seconds:,.1f}"
-            shown = "" if name == "grid" else steps
-            lines.append(f"| {env} | {action_dim} | {name} | {candidates} | {shown} | {figures} |")
-            print(lines[-1], flush=True)
-    (ROOT / "results" / "maximizers.md").write_text("\n".join(lines) + "\n")
+        [row["env"], ENVS[row["env"]], row["maximizer"], count(row["candidates"]), count(row["steps"]), *percent(row),
+         f"{row['microseconds']:,.1f}"]
+        for row in rows
+    ]  # fmt: skip
+    header = ["environment", "actions", "maximizer", "candidates", "steps", "mean gap", "worst gap", "µs a state"]
+    return "\n".join([text, "", study.table(header, lines)])
 
 
-if __name__ == "__main__":
-    main()
+EXPERIMENTS = {
+    "maximizers": Experiment(
+        title="fqi's maximisers, judged by the exact maximum",
+        cells={env: (env, TRAINED, SOLVERS, 200) for env in ENVS},
+        measure=measure,
+        report=report,
+        draw=draw,
+        quick=lambda cells: {env: (env, BARELY_TRAINED, SOLVERS[::5], 5) for env in list(cells)[:1]},
+        sources=("maximizers", "study"),
+        sample="200 states of each environment",
+    )
+}

@@ -6,7 +6,7 @@
 
 An experiment leaves its raw numbers, NAME.csv, its figure, NAME.png, and its section of README.md, both made from
 the raw numbers alone. What is finished is kept below results/runs/reproduce, so that one that was killed goes on from
-there; the same code on the same machine gives the same .csv, byte for byte.
+there; the same code on the same machine gives the same .csv, byte for byte, but for measured times.
 """
 
 import csv
@@ -18,20 +18,28 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import amortization_time
 import boltzmann
 import claims
+import closed_form
 import curves
+import distributions
+import estimators
 import films
+import gradient_variance
 import lineage
+import maximizers
 import optimum
 import study
+import svg_gradients
 import tyro
 from benchmark import machine
 from study import ROOT, WORK
 
 from common import cli, plot, record
 
-MODULES = (optimum, curves, lineage, films, claims, boltzmann)
+MODULES = (lineage, films, optimum, curves, claims, closed_form, boltzmann)
+MODULES += (estimators, distributions, gradient_variance, svg_gradients, maximizers, amortization_time)
 EXPERIMENTS = {name: experiment for module in MODULES for name, experiment in module.EXPERIMENTS.items()}
 ALGORITHM_FILES = sorted((ROOT / "algorithms").glob("*.py"))
 

@@ -1,5 +1,6 @@
 """What the experiments of `reproduce.py` share: training runs, tables and the parts of figures."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -9,11 +10,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.extend.backend import clear_backends
 from matplotlib.figure import Figure
 
 from common import plot, record
@@ -125,6 +129,31 @@ def digest(text):
 def short(x):
     """Six significant digits of a number; whole numbers without a point."""
     return x if isinstance(x, str) else int(x) if float(x).is_integer() else float(f"{x:.6g}")
+
+
+# Times
+
+
+@contextlib.contextmanager
+def one_thread():
+    """XLA keeps one thread of the CPU in here, as the command line lets it; arrays from outside do not live on."""
+    before = os.environ.get("NPROC")
+    if before != "1":
+        os.environ["NPROC"] = "1"
+        clear_backends()  # it is read when a backend starts
+    try:
+        yield
+    finally:
+        if before != "1":
+            os.environ.pop("NPROC") if before is None else os.environ.update(NPROC=before)
+            clear_backends()
+
+
+def seconds(call):
+    """Time of a call until its results are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
 
 
 # Rows: dicts with a `label`, read from a .csv file
