@@ -284,9 +284,9 @@ SAMPLES = "--num-rollouts 20 --horizon 50 --num-iterations 512 --iterations-per-
 SAMPLES_LQR = "--num-rollouts 50 --num-iterations 512 --iterations-per-epoch 32"
 PATHWISE = {
     f"svg on {PENDULUM}": Run("svg", PENDULUM, SAMPLES),
-    f"reinforce on {PENDULUM}": Run("reinforce", PENDULUM, "--steps-per-epoch 32000"),
+    f"reinforce on {PENDULUM}": Run("reinforce", PENDULUM, ""),
     f"svg on {LQR}": Run("svg", LQR, f"{SAMPLES_LQR} {LQR_FLAGS['svg']} --gamma {LQR_GAMMA}"),
-    f"reinforce on {LQR}": Run("reinforce", LQR, f"--steps-per-epoch 32000 --gamma {LQR_GAMMA}"),
+    f"reinforce on {LQR}": Run("reinforce", LQR, f"--gamma {LQR_GAMMA}"),
 }
 
 

@@ -21,7 +21,7 @@ STEPS = {  # flags of the actor-critics
 FEWER = {  # of the others, where it is not Pendulum, whose defaults these are
     "fitted": "--num-iterations 20 --iterations-per-epoch 4 --fit-steps 500",
     "svg": "--num-iterations 480 --iterations-per-epoch 48",
-    "reinforce": "--total-steps 128000 --steps-per-epoch 12800",
+    "reinforce": "--total-steps 102400 --steps-per-epoch 10240",
 }
 LEARNED = "--model learned --gamma 0.97 --num-rollouts 64"
 LQR_GAMMA = 0.9
