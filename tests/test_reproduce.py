@@ -139,3 +139,77 @@ def test_distance_from_the_boltzmann_policy_is_the_divergence_of_two_gaussians(s
     expected = -np.log(scale) + (scale**2 - 1) / 2 + (shift * lqr.ACTION_BOUND / std) ** 2 / 2
     distance = boltzmann.kl_divergence(sac, [(weights, bias)], best, alpha)
     np.testing.assert_allclose(distance, expected, atol=0.02)
+
+
+# Verdicts on made-up returns of four seeds, which spread by 1
+
+
+def rows_of(returns, biases=None):
+    return [
+        {
+            "label": label,
+            "seed": i,
+            "progress": 1,
+            "return": x + i / 3,
+            "value_bias": (biases or {}).get(label, 0) + i / 3,
+        }
+        | {"finite": 1.0}
+        for label, x in returns.items()
+        for i in range(4)
+    ]
+
+
+VERDICTS = [
+    ("policy_delay", {"td3, delay 1": -200, "td3, delay 2": -150}, "Holds."),
+    ("policy_delay", {"td3, delay 1": -150.5, "td3, delay 2": -150}, "Does not hold."),
+    ("exploration", {"ddpg, OU": -150, "ddpg, Gaussian 0.92": -150.5, "ddpg, Gaussian 0.1": -300}, "Holds."),
+    ("exploration", {"td3, OU": -150, "td3, Gaussian 0.92": -200, "td3, Gaussian 0.1": -300}, "Does not hold."),
+    ("targets", {"ddpg, every 1": -900, "ddpg, every 40": -150, "ddpg, tau 0.1": -150.5}, "Holds."),
+    ("targets", {"ddpg, every 1": -900, "ddpg, every 40": -190, "ddpg, tau 0.1": -150}, "Does not hold."),
+    ("n_step", {"td3, 1 step": -400, "td3, 3 steps": -300}, "Holds."),
+    ("n_step", {"td3, 1 step": -300, "td3, 3 steps": -400}, "Does not hold."),
+    ("pathwise_returns", {"svg": -150, "reinforce": -1000}, "Holds."),
+    ("pathwise_returns", {"svg": -1000, "reinforce": -1000}, "Does not hold."),
+]
+
+
+@pytest.mark.parametrize(("name", "returns", "verdict"), VERDICTS)
+def test_verdict_follows_the_returns(name, returns, verdict):
+    rows = rows_of({f"{what} on Pendulum-v1": x for what, x in returns.items()})
+    assert reproduce.EXPERIMENTS[name].report(rows).startswith(f"**{verdict}**")
+
+
+@pytest.mark.parametrize(
+    ("exact", "nfqca", "verdict"),
+    [(-150, -150, "Holds."), (-150, -400, "Holds in part."), (-400, -400, "Does not hold.")],
+)
+def test_verdict_on_amortization(exact, nfqca, verdict):
+    rows = rows_of({"fqi": -150.5, "exact 0.1": exact, "nfqca": nfqca})
+    assert reproduce.EXPERIMENTS["amortization"].report(rows).startswith(f"**{verdict}**")
+
+
+@pytest.mark.parametrize(
+    ("ddpg", "td3", "one_critic", "holds"), [(9, -9, 5, 1), (-9, -9, 5, 0), (9, 4, 8, 0), (9, -9, -9, 0)]
+)
+def test_verdict_on_overestimation(ddpg, td3, one_critic, holds):
+    biases = {"ddpg": ddpg, "td3": td3, "td3, one critic": one_critic}
+    biases = {f"{what} on Pendulum-v1": x for what, x in biases.items()}
+    text = reproduce.EXPERIMENTS["overestimation"].report(rows_of(dict.fromkeys(biases, -150), biases))
+    assert text.startswith("**Holds.**" if holds else "**Does not hold.**")
+
+
+@pytest.mark.parametrize(("last", "verdict"), [(0.01, "Holds."), (0.5, "Does not hold.")])
+def test_verdict_on_the_boltzmann_policy(last, verdict):
+    rows = [
+        {
+            "label": "sac on LQR-v0",
+            "seed": i,
+            "progress": t,
+            "finite": 1.0,
+            "kl": kl * (1 + i / 100),
+            "temperature": 0.1,
+        }
+        for i in range(4)
+        for t, kl in enumerate((2.0, last))
+    ]
+    assert reproduce.EXPERIMENTS["boltzmann"].report(rows).startswith(f"**{verdict}**")
