@@ -45,8 +45,10 @@ def runs(env):
     few = dict.fromkeys(FEWER, "") if env == "Pendulum-v1" else dict(FEWER)
     if env == "MountainCarContinuous-v0":
         few["fitted"] += " --num-eval-episodes 32"  # of 999 steps, with a solver at each
+    nodes = "--num-nodes 12" if env.endswith("-misc") else ""  # of a quadrature over two actions
+    fitted = {name: f"{few['fitted']} {nodes * (name == 'soft_fqi')}" for name in FITTED}
     cells = {name: run(name, STEPS[env]) for name in ACTOR_CRITICS}
-    cells |= {name: run(name, few["fitted"]) for name in FITTED}
+    cells |= {name: run(name, flags) for name, flags in fitted.items()}
     cells |= {"svg": run("svg", few["svg"]), "svg learned": run("svg", f"{LEARNED} --iterations-per-epoch 80")}
     return cells | {"reinforce": run("reinforce", few["reinforce"])}
 
