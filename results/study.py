@@ -101,7 +101,7 @@ def train(run):
     command = [sys.executable, script, "--env", run.env, "--num-seeds", str(run.seeds), *run.flags.split()]
     command += ["--out", WORK / "runs", "--name", group.name, "--no-plot", *["--resume"] * begun]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode > 1:  # 1 is a seed that diverged, which its rows tell
+    if done.returncode not in (0, 1):  # 1 is a seed that diverged, which its rows tell
         raise SystemExit(f"error: {run.algorithm} on {run.env}: {done.stderr.strip()}")
     return group
 
