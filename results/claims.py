@@ -54,21 +54,22 @@ def less(a, b):
     return plot.interval(a)[1] < plot.interval(b)[0]
 
 
-def draw_final_returns(rows, ylabel="greedy return at the end", width=None):
-    """For each environment a panel with the final return of each variant."""
+def draw_final_returns(rows):
+    """For each environment a panel with the final return of each variant: side by side, or below each other."""
     places = envs(rows)
     widths = [len(on(env, rows)) for env in places]
-    page, panels = study.figure(width or 1.6 + 0.95 * sum(widths), 3.6, 1, len(places), width_ratios=widths)
-    for axes, env in zip(panels[0], places, strict=True):
-        names = {
-            label: what.replace(", ", "\n").replace(" x ", "x").replace(" ", "\n")
-            for label, what in on(env, rows).items()
-        }
+    if sum(widths) > 8:
+        page, panels = study.figure(8, 3 * len(places), len(places), 1)
+    else:
+        page, panels = study.figure(1.6 + 0.95 * sum(widths), 3.6, 1, len(places), width_ratios=widths)
+    for axes, env in zip(panels.ravel(), places, strict=True):
+        names = {label: what.replace(", ", "\n").replace(" ", "\n") for label, what in on(env, rows).items()}
         study.draw_finals(axes, rows, names, color=algorithm_color)
         study.optimum_line(axes, optimum(env))
         axes.set_title(env)
         axes.tick_params(axis="x", labelsize="small")
-    panels[0][0].set_ylabel(ylabel)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("greedy return at the end")
     return page
 
 

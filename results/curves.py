@@ -86,6 +86,7 @@ PANELS = {  # title: its algorithms, unit of progress, and what that is divided 
     "fitted to random base points": (FITTED, "iterations", 1),
     "policy gradients": (("svg", "svg learned", "reinforce"), "environment steps (thousands, log scale)", 1e3),
 }
+TICKS = {"Pendulum-v1": (-1500, -1000, -500, -300, -200, -150), "LQR-v0": (-100, -50, -20, -10, -5)}
 NAMES = {"svg": "svg, true model", "svg learned": "svg, learned model"}
 
 
@@ -103,7 +104,11 @@ def draw(env, rows):
             axes.set_xscale("log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    panels[0][0].set_ylabel(f"{env}\ngreedy return per episode")
+    panels[0][0].set_ylabel(f"{env}\ngreedy return per episode" + " (log scale)" * (env in TICKS))
+    if env in TICKS:
+        panels[0][0].set_yscale("symlog", linthresh=1)  # the returns are negative
+        panels[0][0].set_yticks(TICKS[env], [f"{tick:,}" for tick in TICKS[env]])
+        panels[0][0].minorticks_off()
     return page
 
 
