@@ -86,7 +86,7 @@ PANELS = {  # title: its algorithms, unit of progress, and what that is divided 
     "fitted to random base points": (FITTED, "iterations", 1),
     "policy gradients": (("svg", "svg learned", "reinforce"), "environment steps (thousands, log scale)", 1e3),
 }
-TICKS = {"Pendulum-v1": (-1500, -1000, -500, -300, -200, -150), "LQR-v0": (-100, -50, -20, -10, -5)}
+TICKS = {"Pendulum-v1": (-1500, -1000, -500, -300, -200, -150), "LQR-v0": (-100, -50, -20, -10, -5, -4)}
 NAMES = {"svg": "svg, true model", "svg learned": "svg, learned model"}
 
 
@@ -109,6 +109,7 @@ def draw(env, rows):
         panels[0][0].set_yscale("symlog", linthresh=1)  # the returns are negative
         panels[0][0].set_yticks(TICKS[env], [f"{tick:,}" for tick in TICKS[env]])
         panels[0][0].minorticks_off()
+        panels[0][0].set_ylim(top=0.9 * optimum(env))
     return page
 
 
