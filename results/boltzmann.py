@@ -75,7 +75,7 @@ def distances(training):
 
 def training(algorithm, env):
     """Both temperatures are of the order of a nat's worth of cost: one is given, the other learned."""
-    fields = {"hidden_sizes": (512,), "total_steps": 25_000, "steps_per_epoch": 1_500, "num_eval_episodes": 1}
+    fields = {"hidden_sizes": (512,), "total_steps": 25_000, "steps_per_epoch": 1_600, "num_eval_episodes": 1}
     if algorithm == "sac_value":
         fields["alpha"] = 0.2
     return Training(algorithm, env, tuple(fields.items()), seeds=8)
