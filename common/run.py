@@ -255,6 +255,7 @@ def train(init, epoch, runs, home, grid, options):
         first = next((i for i, run in enumerate(runs) if not is_complete(run)), len(runs))
     if first == len(runs):
         tell("this run is complete; nothing to resume")
+        checkpoint.delete(saved)
         return finish(runs, home, grid, options)
 
     interrupted = catch_interrupts()

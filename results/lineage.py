@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import study
-from curves import optimum, runs
+from curves import DISCRETE, optimum, runs
+from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from study import FITTED, Experiment, Run, short
 
@@ -52,14 +53,22 @@ def measure(cell):
 
 def draw(rows):
     """A small curve for each file, where it stands in the lineage."""
-    page, panels = study.figure(13, 7.4, 3, 5)
+    page = Figure(figsize=(13, 8.4), dpi=120)
+    panels = page.subplots(3, 5, gridspec_kw={"wspace": 0.5, "hspace": 0.85})
+    page.subplots_adjust(left=0.05, right=0.985, top=0.95, bottom=0.09)
     present, axes_of = study.labels(rows), {}
     for axes in panels.ravel():
         axes.set_axis_off()
     for name, (row, column, idea) in PLACES.items():
         axes = axes_of[name] = panels[row, column]
         axes.set_axis_on()
-        axes.set_title(f"{name}.py", fontsize=13, fontweight="bold", color=COLOURS[name], family="monospace")
+        axes.set_title(
+            f"{name}.py",
+            fontsize=13 if len(name) < 15 else 12,
+            fontweight="bold",
+            color=COLOURS[name],
+            family="monospace",
+        )
         axes.set_xlabel(idea, fontsize=11)
         axes.tick_params(labelsize=8)
         if name == "gradient_estimators":
@@ -67,8 +76,9 @@ def draw(rows):
         elif name in present:
             per = 1 if name in FITTED else 1e3
             study.draw_curve(axes, rows, name, name, per=per, color=COLOURS[name], linewidth=2)
-            axes.axhline(optimum(ENV), color="black", linestyle="--", linewidth=1)
-            axes.set(ylim=(-1700, 0), yticks=(-1500, -1000, -500, 0))
+            on_pendulum = name != "reinforce"
+            axes.axhline(optimum(ENV) if on_pendulum else 500, color="black", linestyle="--", linewidth=1)
+            axes.set_ylim((-1700, 0) if on_pendulum else (0, 540))
             axes.text(0.97, 0.05, "iterations" if per == 1 else "thousands of steps", transform=axes.transAxes,
                       ha="right", fontsize=9, color="0.35")  # fmt: skip
     for start, end in ARROWS:
@@ -78,11 +88,11 @@ def draw(rows):
             ConnectionPatch(*places, *["axes fraction"] * 2, axesA=axes_of[start], axesB=axes_of[end], **arrow)
         )
     legend = (
-        "Greedy return on Pendulum-v1, 16 seeds:\\ninterquartile mean and 95 % interval;\\n"
-        "dashed: the best possible, by dynamic\\nprogramming. gradient_estimators: three\\n"
-        "estimates of a derivative over samples,\\ndashed: the true one."
+        "Greedy return on Pendulum-v1, reinforce's on\nCartPole-v1, 16 seeds: interquartile mean and\n"
+        "95 % interval; dashed, the best possible.\n\n"
+        "gradient_estimators: three estimates of a\nderivative over samples; dashed, the true one."
     )
-    panels[2, 3].text(0.05, 0.5, legend, fontsize=12, va="center")
+    panels[2, 3].text(-0.1, 0.5, legend, fontsize=12, va="center")
     return page
 
 
@@ -104,14 +114,16 @@ def ends(start, end):
     """Where an arrow leaves one panel and where it meets another: along a row, or down and to the right."""
     (row, column), (end_row, end_column) = PLACES[start][:2], PLACES[end][:2]
     if row == end_row:
-        return ((1.02, 0.5), (-0.14, 0.5)) if column < end_column else ((-0.14, 0.5), (1.02, 0.5))
-    return (0.5, -0.4), (-0.14, 0.5)
+        return ((1.03, 0.5), (-0.3, 0.5)) if column < end_column else ((-0.16, 0.5), (1.03, 0.5))
+    return (0.5, -0.55), (-0.3, 0.5)
 
 
 EXPERIMENTS = {
     "lineage": Experiment(
         title="The lineage",
-        cells={name: run for name, run in runs(ENV).items() if name in PLACES} | {"gradient_estimators": 16},
+        cells={name: run for name, run in runs(ENV).items() if name in PLACES}
+        | {"svg": runs(ENV)["svg learned"], "reinforce": DISCRETE["reinforce on CartPole-v1"]}
+        | {"gradient_estimators": 16},
         measure=measure,
         report=lambda rows: "What each file adds to the one before it, and how it learns.",
         draw=draw,

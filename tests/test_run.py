@@ -153,6 +153,7 @@ def test_same_command_again_gives_the_same_bytes(monkeypatch, capsys, tmp_path):
     assert execute(monkeypatch, tmp_path, "--resume") == 0
     assert "this run is complete" in capsys.readouterr().out
     assert contents(tmp_path) == first
+    assert not list(group(tmp_path).glob("checkpoint_*"))  # which would pass for an unfinished run
 
 
 def test_different_run_is_not_overwritten(monkeypatch, capsys, tmp_path):
