@@ -304,10 +304,10 @@ def report_pathwise(rows):
         of = {what: means[label] for label, what in on(env, rows).items()}
         held.append(less(of["reinforce"], of["svg"]))
     text = (
-        f"{verdict(held)} Asked of each environment: is the mean return of all evaluations, which tells how many samples "
-        "it takes, higher with the derivative along the path (SVG, true model) than with the score function (REINFORCE "
-        "with a value baseline)? Both take about 1,000 environment steps for an update, and as many in all; the "
-        "variances of such estimators are compared [below](#gradient_variance)."
+        f"{verdict(held)} Asked of each environment: is the mean return of all evaluations, which tells how many "
+        "samples it takes, higher with the derivative along the path (SVG, true model) than with the score function "
+        "(REINFORCE with a value baseline)? Both take about 1,000 environment steps for an update, and as many in all; "
+        "the variances of such estimators are compared [below](#gradient_variance)."
     )
     mean = lambda label: study.estimate(means[label], 2)
     return "\n".join([text, "", study.return_table(rows, digits=2, mean_over_training=mean)])
