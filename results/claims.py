@@ -281,7 +281,7 @@ def report_amortization(rows):
     text = (
         f"{verdict(held)} The claim is that a policy fitted to a few solutions stands in for the solver: the intervals "
         "of one solution in ten, and of NFQCA, which needs none, do not end below that of fqi, which solves at every "
-        "point. Asked the same of one solution in a hundred, and of one in ten that are forgotten after each iteration: "
+        "point. Asked the same of one solution in a hundred, and of one in ten forgotten after each iteration: "
         f"{answers(others, [as_good[what] for what in others])}."
     )
     return "\n".join([text, "", study.return_table(rows)])
