@@ -40,6 +40,7 @@ def work(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (study, reproduce):
             patch.setattr(module, "WORK", folder)
+        patch.setenv("JAX_NUM_CPU_DEVICES", "1")  # each device compiles for itself
         yield folder
 
 
