@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import study
+from claims import algorithm_color, envs, on
+from curves import LQR_GAMMA as GAMMA
 from jax import random
 from jax.scipy.stats import multivariate_normal
 from study import Experiment, short
@@ -20,7 +22,6 @@ from study import Experiment, short
 from common import devices, lqr, plot, run
 
 ENVS = ("LQR1-v0", "LQR-v0")
-GAMMA = 0.9
 NUM_STATES, NUM_SAMPLES = 512, 64
 
 
@@ -95,13 +96,10 @@ def smaller(cells):
 
 def draw(rows):
     """KL divergence over environment steps, a panel for each system."""
-    labels = study.labels(rows)
-    envs = list(dict.fromkeys(label.split(" on ")[1] for label in labels))
-    page, panels = study.figure(9, 3.8, 1, len(envs), sharey=True)
-    for axes, env in zip(panels[0], envs, strict=True):
-        for label in (label for label in labels if label.endswith(f" on {env}")):
-            algorithm = label.split(" on ")[0]
-            study.draw_curve(axes, rows, label, algorithm, "kl", per=1e3, color=plot.COLOURS[algorithm])
+    page, panels = study.figure(9, 3.8, 1, len(envs(rows)), sharey=True)
+    for axes, env in zip(panels[0], envs(rows), strict=True):
+        for label, what in on(env, rows).items():
+            study.draw_curve(axes, rows, label, what, "kl", per=1e3, color=algorithm_color(label))
         axes.set(title=env, xlabel="environment steps (thousands)", yscale="log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -129,9 +127,7 @@ def report(rows):
 EXPERIMENTS = {
     "boltzmann": Experiment(
         title="SAC's policy tends to the Boltzmann policy",
-        cells={
-            f"{name} on {env}": training(name, env) for env in ("LQR1-v0", "LQR-v0") for name in ("sac_value", "sac")
-        },
+        cells={f"{name} on {env}": training(name, env) for env in ENVS for name in ("sac_value", "sac")},
         measure=distances,
         report=report,
         draw=draw,

@@ -95,7 +95,7 @@ def draw_over_training(rows):
     return page
 
 
-def experiment(title, cells, report, draw, quick, **fields):
+def experiment(title, cells, report, draw, quick, sample="16 seeds of each, each return a mean over 128 episodes"):
     """An experiment whose cells are runs of 16 seeds."""
     return Experiment(
         title=title,
@@ -104,8 +104,7 @@ def experiment(title, cells, report, draw, quick, **fields):
         report=report,
         draw=draw,
         quick=lambda cells: study.smaller(cells, *quick),
-        sample=fields.pop("sample", "16 seeds of each, each return a mean over 128 episodes"),
-        **fields,
+        sample=sample,
     )
 
 

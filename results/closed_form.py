@@ -13,18 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import study
-from claims import verdict
-from study import Experiment, Run
+from curves import ACTOR_CRITICS, LQR_FLAGS
+from curves import LQR_GAMMA as GAMMA
+from study import Experiment, Run, verdict
 
 from common import lqr, plot, record
 
-GAMMA = 0.9
-OWN = {
-    "ddpg": "--ou-theta 1 --ou-dt 1 --ou-sigma 0.2 --target-period 1 --tau 0.005 --learning-rate 5e-4",
-    "td3": "--exploration-noise 0.2 --learning-rate 3e-4",
-    "sac_value": "--alpha 0.2",
-    "sac": "",
-}
 STEPS = {"LQR1-v0": 48_000, "LQR-v0": 96_000, "LQR4-v0": 96_000}  # of the environment, after the warm-up
 LIMIT = 1.03  # of the cost in ratio to the best
 QUICK = {"LQR1-v0": "sac", "LQR-v0": "svg", "LQR4-v0": "svg"}
@@ -40,14 +34,14 @@ def actor_critic(algorithm, env):
     """
     twice = 2 if env == "LQR4-v0" and algorithm in ("ddpg", "td3") else 1
     steps = STEPS[env] * twice
-    flags = f"--gamma {GAMMA} --num-eval-episodes 64 --hidden-sizes {512 * twice} {OWN[algorithm]}"
+    flags = f"--gamma {GAMMA} --num-eval-episodes 64 --hidden-sizes {512 * twice} {LQR_FLAGS.get(algorithm, '')}"
     return Run(algorithm, env, f"{flags} --total-steps {steps + 1000} --steps-per-epoch {steps // 4}", seeds=4)
 
 
 def cells(env):
     """`{algorithm: Run}`."""
-    return {algorithm: actor_critic(algorithm, env) for algorithm in OWN} | {
-        "svg": Run("svg", env, f"--gamma {GAMMA} --horizon 20", seeds=4),  # an episode has 20 steps
+    return {algorithm: actor_critic(algorithm, env) for algorithm in ACTOR_CRITICS} | {
+        "svg": Run("svg", env, f"--gamma {GAMMA} {LQR_FLAGS['svg']}", seeds=4),
         "reinforce": Run("reinforce", env, f"--gamma {GAMMA}", seeds=4),
     }
 

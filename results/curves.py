@@ -1,7 +1,5 @@
 """Learning curves: every algorithm on every environment that fits it, with the optimum where it is known."""
 
-import csv
-
 import gymnax
 import numpy as np
 import study
@@ -65,8 +63,8 @@ def optimum(env):
     """The best mean return of any policy, of `-K s` on a linear-quadratic system; None where it is not known."""
     if env in lqr.ENVS:
         return lqr_return(gymnax.make(env)[1])
-    with open(ROOT / "results" / "optimum.csv", newline="") as file:
-        values = [float(row["return"]) for row in csv.DictReader(file) if row["env"] == env]
+    rows = study.read(ROOT / "results" / "optimum.csv")
+    values = [float(row["return"]) for row in rows if row["env"] == env]
     return values[-1] if values else None  # the finest grid's
 
 

@@ -8,9 +8,8 @@ with which 1,000 samples give the published table, as `--chapter-table` does.
 import jax
 import numpy as np
 import study
-from claims import verdict
 from matplotlib.cbook import boxplot_stats
-from study import Experiment
+from study import Experiment, verdict
 
 from algorithms import gradient_estimators as ge
 

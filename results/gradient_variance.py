@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import study
-from claims import verdict
-from study import Experiment
+from study import Experiment, verdict
 
 from algorithms import svg
 from common import lqr

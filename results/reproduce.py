@@ -9,7 +9,6 @@ the raw numbers alone. What is finished is kept below results/runs/reproduce, so
 there; the same code on the same machine gives the same .csv, byte for byte, but for measured times.
 """
 
-import csv
 import dataclasses
 import datetime
 import re
@@ -86,9 +85,9 @@ def reproduce(name, out, quick):
             begin = time.monotonic()
             record.write_rows(path, experiment.measure(cell))
             print(f"{name}: {label}: {time.monotonic() - begin:.0f} s", flush=True)
-        rows += [{"label": label} | row for row in read(path)]
+        rows += [{"label": label} | row for row in study.read(path)]
     record.write_rows(out / f"{name}.csv", rows)
-    rows = study.numbers(read(out / f"{name}.csv"))
+    rows = study.numbers(study.read(out / f"{name}.csv"))
     if experiment.draw:
         save(experiment.draw(rows), out / picture(name))
     write_between(out / "README.md", name, section(name, rows, quick))
@@ -117,12 +116,6 @@ def fingerprint(experiment, cell):
     return study.digest("\n".join([experiment.measure.__qualname__, repr(cell), *sources]))
 
 
-def read(path):
-    """The rows of a .csv file, as text."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def section(name, rows, quick):
     """The section of `README.md`: heading, figure, what it says, and where its numbers come from."""
     experiment = EXPERIMENTS[name]
@@ -138,7 +131,7 @@ def claims_table():
     lines = []
     for name, experiment in EXPERIMENTS.items():
         path = ROOT / "results" / f"{name}.csv"
-        found = path.exists() and re.match(r"\*\*(.+?)\.\*\*", experiment.report(study.numbers(read(path))))
+        found = path.exists() and re.match(r"\*\*(.+?)\.\*\*", experiment.report(study.numbers(study.read(path))))
         if found:
             lines.append([f"[{experiment.title}](results/README.md#{name})", found[1].lower()])
     return study.table(["claim", "verdict"], lines)

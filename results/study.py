@@ -1,6 +1,7 @@
 """What the experiments of `reproduce.py` share: training runs, tables and the parts of figures."""
 
 import contextlib
+import csv
 import hashlib
 import importlib.metadata
 import os
@@ -159,6 +160,12 @@ def seconds(call):
 # Rows: dicts with a `label`, read from a .csv file
 
 
+def read(path):
+    """The rows of a .csv file, as text."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def numbers(rows):
     """Rows of a .csv file with numbers for what are numbers."""
 
@@ -239,22 +246,21 @@ def draw_curve(axes, rows, label, name, column="return", per=1, **style):
     axes.fill_between(progress / per, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def draw_finals(axes, rows, names, column="return", color=None):
-    """For each `{label: name}` a point with its 95 % interval, and the seeds beside it."""
+def draw_finals(axes, rows, names, color):
+    """For each `{label: name}` a point with its 95 % interval, in `color(label)`, and the seeds beside it."""
     for x, label in enumerate(names):
-        values = final(rows, label, column)
+        values = final(rows, label)
         low, high = plot.interval(values)
-        shade = color(label) if callable(color) else color
         spread = 0.18 + 0.12 * np.linspace(-1, 1, len(values))
         axes.plot(x + spread, values, ".", color="0.65", markersize=4, zorder=1)
         axes.errorbar(x - 0.12, plot.iqm(values), [[plot.iqm(values) - low], [high - plot.iqm(values)]], fmt="o",
-                      color=shade, capsize=3, zorder=2)  # fmt: skip
+                      color=color(label), capsize=3, zorder=2)  # fmt: skip
     axes.set_xticks(range(len(names)), names.values())
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.grid(axis="y", alpha=0.3)
 
 
-def optimum_line(axes, value, name="best possible"):
+def optimum_line(axes, value):
     """A dashed line where the best policy is known to be."""
     if value is not None:
-        axes.axhline(value, color="black", linestyle="--", linewidth=1, label=f"{name}, {value:,.1f}")
+        axes.axhline(value, color="black", linestyle="--", linewidth=1, label=f"best possible, {value:,.1f}")

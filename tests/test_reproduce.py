@@ -1,6 +1,5 @@
 """Every experiment of `results/` runs in its small version; what is committed is what its raw numbers say."""
 
-import csv
 import re
 import subprocess
 import sys
@@ -28,11 +27,6 @@ NAMES = sorted(reproduce.EXPERIMENTS)
 NOT_KEPT = {"closed_form_1", "closed_form_2", "closed_form_4"}
 
 
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """Finished cells are kept in a folder of these tests' own, and shared by them as by the experiments."""
@@ -48,7 +42,7 @@ def work(tmp_path_factory):
 def test_quick_version_runs(name, work, tmp_path):
     experiment = reproduce.EXPERIMENTS[name]
     reproduce.reproduce(name, tmp_path, quick=True)
-    rows = read(tmp_path / f"{name}.csv")
+    rows = study.read(tmp_path / f"{name}.csv")
     assert list(dict.fromkeys(row["label"] for row in rows)) == list(experiment.quick(experiment.cells))
     assert experiment.draw is None or min(Image.open(tmp_path / reproduce.picture(name)).size) >= 200
     text = (tmp_path / "README.md").read_text()
@@ -85,7 +79,7 @@ def test_what_is_measured_is_kept_and_what_is_missing_measured(tmp_path, monkeyp
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_KEPT))
 def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name):
     experiment = reproduce.EXPERIMENTS[name]
-    rows = read(RESULTS / f"{name}.csv")
+    rows = study.read(RESULTS / f"{name}.csv")
     assert list(dict.fromkeys(row["label"] for row in rows)) == list(experiment.cells)
     for label, cell in experiment.cells.items():
         if isinstance(cell, study.Run) and "seed" in rows[0]:
