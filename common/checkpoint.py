@@ -5,6 +5,7 @@ A checkpoint may be read on another number of devices or processes than wrote it
 
 import logging
 import math
+import os
 import shutil
 from typing import NamedTuple
 
@@ -110,5 +111,7 @@ def is_key(x):
 def delete(manager):
     """Remove all checkpoints: the command is complete."""
     manager.close()
-    if devices.is_first():
-        shutil.rmtree(manager.directory, ignore_errors=True)
+    if devices.is_first() and manager.directory.exists():
+        hidden = manager.directory.with_name(f".{manager.directory.name}")
+        os.replace(manager.directory, hidden)  # at once: what a kill leaves of them must not pass for a checkpoint
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -60,10 +61,12 @@ def write_atomic(path, data):
 
 
 def remove_leftovers(folder):
-    """Delete the temporary files of a process that was killed while it wrote."""
+    """Delete what a process left that was killed while it wrote files or removed checkpoints."""
     for name in ("config.json", "metrics.csv", "policy.npz", "curve.png", "sweep.csv", "sweep.png"):
         for path in Path(folder).glob(f".{name}.*"):
             path.unlink(missing_ok=True)
+    for path in Path(folder).glob(".checkpoint_*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def describe(script, config, seed):

@@ -121,9 +121,11 @@ def claim(home, script, runs, grid, options):
     devices.synchronize("checked")
     problem = ""
     try:
-        for path, description in descriptions.items() if devices.is_first() else ():
-            record.remove_leftovers(path)
-            record.write_config(path, description)
+        if devices.is_first():
+            for path in {home, *descriptions}:
+                record.remove_leftovers(path)
+            for path, description in descriptions.items():
+                record.write_config(path, description)
     except OSError as error:
         problem = str(error)
     if any(devices.any_says(problem != "")):

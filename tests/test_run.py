@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +56,12 @@ def execute(monkeypatch, out, *flags, epoch=td3.epoch):
     """Run the command in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["td3.py", *FLAGS, "--out", str(out), *flags])
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(SystemExit) as end:
-        run.main(td3.Config, td3.init, epoch)
-    for number, handler in handlers:
-        signal.signal(number, handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            run.main(td3.Config, td3.init, epoch)
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
     return end.value.code
 
 
@@ -195,6 +198,26 @@ def test_interrupt_saves_and_resumes(monkeypatch, capsys, unbroken, tmp_path):
     assert contents(group(tmp_path)) == broken
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}  # and on another number of devices
     subprocess.run(command(tmp_path, *flags, "--resume"), check=True, capture_output=True, env=env)
+    assert contents(group(tmp_path)) == unbroken
+    assert sorted(path.name for path in group(tmp_path).iterdir()) == ["curve.png", "seed_0", "seed_1", "seed_2"]
+
+
+def test_killed_while_it_removes_its_checkpoint(monkeypatch, unbroken, tmp_path):
+    """Of the checkpoint, a file is gone: what is left must not be taken for one."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(folder, **_):
+        next(Path(folder).rglob("manifest.ocdbt")).unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(Killed):
+            execute(patch, tmp_path, "--num-seeds", "3")
+    assert len([path for path in group(tmp_path).iterdir() if "checkpoint" in path.name]) == 1
+    assert execute(monkeypatch, tmp_path, "--num-seeds", "3", "--resume") == 0
     assert contents(group(tmp_path)) == unbroken
     assert sorted(path.name for path in group(tmp_path).iterdir()) == ["curve.png", "seed_0", "seed_1", "seed_2"]
 
