@@ -101,7 +101,8 @@ def draw(env, rows):
         if "log" in unit:
             axes.set_xscale("log")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if axes.lines:
+            axes.legend(fontsize="small")
     panels[0][0].set_ylabel(f"{env}\ngreedy return per episode" + " (log scale)" * (env in TICKS))
     if env in TICKS:
         panels[0][0].set_yscale("symlog", linthresh=1)  # the returns are negative

@@ -47,6 +47,7 @@ def experiment(env):
         quick=study.smaller,
         sources=("films",),
         sample="1 episode of 1 seed",
+        picture="gif",
     )
 
 

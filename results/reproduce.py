@@ -98,7 +98,7 @@ def reproduce(name, out, quick):
 
 def picture(name):
     """The file name of an experiment's figure."""
-    return f"{name}.gif" if name.startswith("film_") else f"{name}.png"
+    return f"{name}.{EXPERIMENTS[name].picture}"
 
 
 def save(drawn, path):

@@ -42,10 +42,11 @@ class Experiment(NamedTuple):
     cells: dict  # label: what to measure, plain data
     measure: Callable  # cell -> rows, dicts with the same keys
     report: Callable  # rows -> text in Markdown
-    draw: Callable | None = None  # rows -> Figure, or the bytes of a .gif file
+    draw: Callable | None = None  # rows -> Figure, or the bytes of a film
     quick: Callable | None = None  # cells -> the few and small ones of `--quick`
     sources: tuple = ()  # files besides the algorithms' that decide the numbers
     sample: str = ""  # what the numbers are a sample of
+    picture: str = "png"  # type of the file that holds what `draw` makes
 
 
 class Run(NamedTuple):
@@ -101,9 +102,16 @@ def train(run):
     begun = record.seed_folder(group, run.seeds - 1).exists()  # perhaps with more seeds, for another experiment
     command = [sys.executable, script, "--env", run.env, "--num-seeds", str(run.seeds), *run.flags.split()]
     command += ["--out", WORK / "runs", "--name", group.name, "--no-plot", *["--resume"] * begun]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode not in (0, 1):  # 1 is a seed that diverged, which its rows tell
-        raise SystemExit(f"error: {run.algorithm} on {run.env}: {done.stderr.strip()}")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with process:
+        try:
+            _, said = process.communicate()
+        except KeyboardInterrupt:  # which the terminal sends to the run too
+            print("waiting for the run in progress to save; once more to stop at once", file=sys.stderr)
+            process.communicate()
+            raise
+    if process.returncode not in (0, 1):  # 1 is a seed that diverged, which its rows tell
+        raise SystemExit(f"error: {run.algorithm} on {run.env}: {said.strip()}")
     return group
 
 

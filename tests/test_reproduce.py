@@ -1,6 +1,7 @@
 """Every experiment of `results/` runs in its small version; what is committed is what its raw numbers say."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,30 @@ def test_what_is_measured_is_kept_and_what_is_missing_measured(tmp_path, monkeyp
     assert "\n13.0\n" in first
     reproduce.main()  # nothing is measured, and the section is replaced by its like
     assert (measured, (tmp_path / "README.md").read_text()) == ([2, 3, 3], first)
+
+
+def test_interrupt_waits_until_the_run_in_progress_has_saved(monkeypatch, capsys, tmp_path):
+    """A stand-in for a run saves half a second after an interrupt, which reaches both processes as from a terminal."""
+    script = f"""
+import os, pathlib, signal, time
+def save(*_):
+    time.sleep(0.5)
+    pathlib.Path({str(tmp_path / "saved")!r}).touch()
+    raise SystemExit(130)
+signal.signal(signal.SIGINT, save)
+os.kill(os.getppid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    monkeypatch.setattr(study, "WORK", tmp_path)
+    monkeypatch.setattr(study, "source", lambda run: script)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            study.train(study.Run("td3", "Pendulum-v1", change="stand-in"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "saved").exists()
+    assert "waiting for the run in progress to save" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_KEPT))
