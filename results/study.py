@@ -209,7 +209,7 @@ def final(rows, label, column="return"):
 def estimate(values, digits=1):
     """Interquartile mean and 95 % bootstrap interval as text."""
     low, high = plot.interval(values)
-    return f"{plot.iqm(values):,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+    return f"{plot.iqm(values):z,.{digits}f} ({low:z,.{digits}f} to {high:z,.{digits}f})"  # z: no -0.0
 
 
 def verdict(held):
@@ -232,7 +232,7 @@ def return_table(rows, digits=1, **columns):
     lines = []
     for label in labels(rows):
         values = final(rows, label)
-        cells = [label, estimate(values, digits), f"{values.min():,.{digits}f}"]
+        cells = [label, estimate(values, digits), f"{values.min():z,.{digits}f}"]
         lines.append(cells + [column(label) for column in columns.values()])
     return table(header, lines)
 
