@@ -52,7 +52,7 @@ def largest_product(config):
 
 
 def cpu_compiler_options():
-    """XLA's options on a CPU, as measured on two cores of an Intel Xeon and of an AMD EPYC.
+    """XLA's options on a CPU, as measured on two cores of an Intel Xeon and of an AMD EPYC, but for those in XLA_FLAGS.
 
     On Intel Eigen for all matrix products is up to a tenth faster than XLA's own choice, YNNPACK for some; on AMD it is
     slower, and vectors of 512 bits are a twentieth faster than those of 256. Level 2 compiles in three quarters of the
@@ -62,6 +62,7 @@ def cpu_compiler_options():
     intel = path.exists() and "GenuineIntel" in path.read_text()
     options = {"xla_cpu_experimental_ynn_fusion_type": ""} if intel else {"xla_cpu_prefer_vector_width": 512}
     options |= {"xla_backend_optimization_level": 2}
+    options = {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:  # a version of XLA that does not know it

@@ -124,12 +124,12 @@ def report(env, note, rows):
 
 
 QUICK = {  # every algorithm somewhere
-    "Pendulum-v1": ("ddpg", "td3", "fqi", "svg learned"),
-    "MountainCarContinuous-v0": ("nfqca", "svg"),
-    "PointRobot-misc": ("sac_value", "soft_fqi"),
+    "Pendulum-v1": ("ddpg", "td3", "fqi", "svg"),
+    "MountainCarContinuous-v0": ("nfqca",),
+    "PointRobot-misc": ("sac_value",),
     "Reacher-misc": ("sac", "svg learned"),
-    "Swimmer-misc": ("td3", "fqi_amortized"),
-    "LQR-v0": ("sac_value", "reinforce"),
+    "Swimmer-misc": ("fqi_amortized",),
+    "LQR-v0": ("soft_fqi", "reinforce"),
 }
 
 

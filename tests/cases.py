@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 from pathlib import Path
 
 import gymnax
@@ -25,6 +26,7 @@ SMALL = {
 }
 # for programs that run for a moment only: less time in the compiler
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+QUICK_FLAGS = os.environ.get("XLA_FLAGS", "").replace("optimization_level=1", "optimization_level=0")  # of processes
 
 
 def replace(config, **fields):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SMALL, assert_close, assert_same, leaves, load_broken, quick_jit, replace
+from cases import QUICK_FLAGS, SMALL, assert_close, assert_same, leaves, load_broken, quick_jit, replace
 from jax import lax, random
 
 from algorithms import (
@@ -352,7 +352,7 @@ assert jax.numpy.isfinite(metrics.eval_returns).all()
 print({name}.__file__, metrics.step.tolist())
 """
     command = [sys.executable, "-I", "-c", program]
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = os.environ | {"XLA_FLAGS": QUICK_FLAGS}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     steps = {"reinforce": [1024, 2048], "svg": [100, 200]}.get(name, [80, 96] if name in CONFIGS else [200, 200])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import reproduce
 import study
+from cases import QUICK_FLAGS
 from jax import random
 from PIL import Image
 
@@ -36,6 +37,7 @@ def work(tmp_path_factory):
         for module in (study, reproduce):
             patch.setattr(module, "WORK", folder)
         patch.setenv("JAX_NUM_CPU_DEVICES", "1")  # each device compiles for itself
+        patch.setenv("XLA_FLAGS", QUICK_FLAGS)
         yield folder
 
 

@@ -112,6 +112,13 @@ def test_files_hold_what_train_returns(unbroken, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_flags_of_xla_are_left_alone(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert devices.cpu_compiler_options()["xla_backend_optimization_level"] == 2
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
+    assert "xla_backend_optimization_level" not in devices.cpu_compiler_options()
+
+
 @pytest.mark.parametrize(("devices", "flags"), [("1", "--seed 2"), ("2", "--num-seeds 8")])
 def test_seed_is_bitwise_the_same_in_any_company(unbroken, tmp_path, devices, flags):
     env = os.environ | {"JAX_NUM_CPU_DEVICES": devices}
@@ -122,8 +129,9 @@ def test_seed_is_bitwise_the_same_in_any_company(unbroken, tmp_path, devices, fl
 
 
 def test_wide_seed_is_bitwise_the_same_in_any_company(tmp_path):
-    """Products that XLA shares among threads: the environment's own threads and devices, as a user has them."""
-    env = {name: value for name, value in os.environ.items() if name not in ("NPROC", "JAX_NUM_CPU_DEVICES")}
+    """Products that XLA shares among threads: threads, devices and compiler as a user has them."""
+    ours = ("NPROC", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
     wide = ["--hidden-sizes", "256", "256", "--batch-size", "256", "--learning-starts", "256", "--total-steps", "320"]
     wide += ["--no-plot", "--seed", "2"]
     for name, *flags in (["alone"], ["together", "--num-seeds", "2"]):

@@ -6,12 +6,13 @@ test would notice and everything at a million rows, so the compiled text is read
 
 import functools
 import math
+import os
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import SMALL, quick_jit, replace
+from cases import SMALL, replace
 from jax import lax, random
 
 from algorithms import ddpg, sac, sac_value, svg, td3
@@ -47,6 +48,10 @@ every_algorithm = pytest.mark.parametrize(
 # place: where XLA cannot do it in place it puts a copy before. Under vmap the write into eight buffers is a scatter.
 FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "fusion", "while", "call", "conditional"}
 IN_PLACE = {"dynamic-update-slice", "scatter"}
+OPTIONS = {"xla_backend_optimization_level": 0}  # which leaves the text as it is
+if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):  # the tests', which does not
+    OPTIONS |= {"xla_cpu_use_fusion_emitters": True}
+jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 INSTRUCTION = re.compile(r"^\s*(ROOT )?%?(?P<name>[\w.-]+) = (?P<rest>.*)$")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
@@ -145,18 +150,18 @@ def assert_touches_batches_only(compiled, depth, num_seeds):
 
 
 def test_train_of_one_seed():
-    compiled = quick_jit(lambda key: td3.train(CONFIG, key)).lower(seed_key()).compile()
+    compiled = jit(lambda key: td3.train(CONFIG, key)).lower(seed_key()).compile()
     assert_touches_batches_only(compiled, depth=1, num_seeds=1)
 
 
 def test_train_of_eight_seeds_vmapped():
-    compiled = quick_jit(jax.vmap(lambda key: td3.train(CONFIG, key))).lower(seed_keys()).compile()
+    compiled = jit(jax.vmap(lambda key: td3.train(CONFIG, key))).lower(seed_keys()).compile()
     assert_touches_batches_only(compiled, depth=1, num_seeds=8)
 
 
 def test_train_of_eight_seeds_one_after_the_other():
     """The outermost loop is over seeds: there a buffer is made and put among the results, once a seed."""
-    compiled = quick_jit(lambda keys: lax.map(lambda key: td3.train(CONFIG, key), keys)).lower(seed_keys()).compile()
+    compiled = jit(lambda keys: lax.map(lambda key: td3.train(CONFIG, key), keys)).lower(seed_keys()).compile()
     assert_touches_batches_only(compiled, depth=2, num_seeds=2)
 
 
@@ -164,14 +169,14 @@ def test_train_of_eight_seeds_one_after_the_other():
 def test_epoch_of_one_seed(module, config):
     """With the state donated there is no copy at all, in a loop or out of it."""
     state = jax.eval_shape(lambda key: module.init(config, key), seed_key())
-    compiled = quick_jit(lambda state: module.epoch(config, state), donate_argnums=0).lower(state).compile()
+    compiled = jit(lambda state: module.epoch(config, state), donate_argnums=0).lower(state).compile()
     assert_touches_batches_only(compiled, depth=0, num_seeds=1)
 
 
 @every_algorithm
 def test_epoch_of_eight_seeds_vmapped(module, config):
     states = jax.eval_shape(jax.vmap(lambda key: module.init(config, key)), seed_keys())
-    compiled = quick_jit(jax.vmap(lambda state: module.epoch(config, state)), donate_argnums=0).lower(states).compile()
+    compiled = jit(jax.vmap(lambda state: module.epoch(config, state)), donate_argnums=0).lower(states).compile()
     assert_touches_batches_only(compiled, depth=0, num_seeds=8)
 
 
@@ -185,7 +190,7 @@ def test_program_for_a_gpu_stays_on_it_and_batches_its_seeds(module, config):
     state = jax.eval_shape(lambda key: module.init(config, key), seed_key())
     states = jax.eval_shape(jax.vmap(lambda key: module.init(config, key)), seed_keys())
     one, eight = (
-        quick_jit(f).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+        jit(f).trace(x).lower(lowering_platforms=("cuda",)).as_text()
         for f, x in (
             (functools.partial(module.epoch, config), state),
             (jax.vmap(functools.partial(module.epoch, config)), states),
@@ -195,7 +200,7 @@ def test_program_for_a_gpu_stays_on_it_and_batches_its_seeds(module, config):
     assert eight.count("stablehlo.while") == one.count("stablehlo.while")
     for text in (one, eight):
         assert set(re.findall("callback|infeed|outfeed|stablehlo.send|stablehlo.recv", text)) == set()
-    called_back = quick_jit(lambda x: jax.pure_callback(lambda x: x, x, x)).lower(jnp.zeros(2))
+    called_back = jit(lambda x: jax.pure_callback(lambda x: x, x, x)).lower(jnp.zeros(2))
     assert "callback" in called_back.as_text()
 
 
@@ -205,7 +210,7 @@ def test_program_for_a_gpu_stays_on_it_and_batches_its_seeds(module, config):
 def scan_text(step):
     """Compiled text of 100 steps that start with a buffer `[CAPACITY, WIDTH]`."""
     rows = jax.ShapeDtypeStruct((CAPACITY, WIDTH), jnp.float32)
-    steps = quick_jit(lambda rows: lax.scan(step, rows, jnp.arange(100)), donate_argnums=0)
+    steps = jit(lambda rows: lax.scan(step, rows, jnp.arange(100)), donate_argnums=0)
     return steps.lower(rows).compile().as_text()
 
 
@@ -263,9 +268,9 @@ def test_epoch_takes_what_it_gives(env, module, config):
 
 def test_epoch_compiles_once():
     config = replace(CONFIG, env="PointRobot-misc")
-    state = quick_jit(lambda key: td3.init(config, key))(random.key(0))
+    state = jit(lambda key: td3.init(config, key))(random.key(0))
     # jit counts by function: a new one, for a count of its own
-    epoch = quick_jit(lambda state: td3.epoch(config, state), donate_argnums=0)
+    epoch = jit(lambda state: td3.epoch(config, state), donate_argnums=0)
     for _ in range(3):
         state, _ = epoch(state)
     assert epoch._cache_size() == 1
