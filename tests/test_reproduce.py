@@ -25,8 +25,6 @@ ROOT = Path(td3.__file__).parent.parent
 RESULTS = ROOT / "results"
 README = (RESULTS / "README.md").read_text()
 NAMES = sorted(reproduce.EXPERIMENTS)
-# whose numbers are not committed: the longest trainings
-NOT_KEPT = {"closed_form_1", "closed_form_2", "closed_form_4"}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +101,7 @@ os.kill(os.getpid(), signal.SIGINT)
     assert "waiting for the run in progress to save" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_KEPT))
+@pytest.mark.parametrize("name", NAMES)
 def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name):
     experiment = reproduce.EXPERIMENTS[name]
     rows = study.read(RESULTS / f"{name}.csv")
