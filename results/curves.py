@@ -165,8 +165,8 @@ def draw_discrete(rows):
 def report_discrete(rows):
     """The table."""
     text = (
-        "Where actions are few, fitted Q-iteration tries them all, and REINFORCE samples them. Fitted Q-iteration learns "
-        "from 20,000 random steps alone, which end before they have seen what a good policy sees."
+        "Where actions are few, fitted Q-iteration tries them all, and REINFORCE samples them. Fitted Q-iteration "
+        "learns from 20,000 random steps alone, which end before they have seen what a good policy sees."
     )
     return "\n".join([text, "", study.return_table(rows)])
 
