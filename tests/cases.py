@@ -26,6 +26,9 @@ SMALL = {
 }
 # for programs that run for a moment only: less time in the compiler
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# for what two programs must have bitwise the same: without fusions, XLA's sums depend on what stands around them
+FUSIONS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
+exact_jit = functools.partial(jax.jit, compiler_options=FUSIONS)
 QUICK_FLAGS = os.environ.get("XLA_FLAGS", "").replace("optimization_level=1", "optimization_level=0")  # of processes
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import QUICK_FLAGS, SMALL, assert_close, assert_same, leaves, load_broken, quick_jit, replace
+from cases import QUICK_FLAGS, SMALL, assert_close, assert_same, exact_jit, leaves, load_broken, quick_jit, replace
 from jax import lax, random
 
 from algorithms import (
@@ -41,9 +41,9 @@ CONFIGS = {
 FITTED = {"fqi": fqi, "fqi_amortized": fqi_amortized, "nfqca": nfqca, "soft_fqi": soft_fqi}
 GRADIENT = {"reinforce": reinforce, "svg": svg}
 FILES = ALGORITHMS | FITTED | GRADIENT
-INIT = {name: jax.jit(module.init) for name, module in ALGORITHMS.items()}
-EPOCH = {name: jax.jit(module.epoch, donate_argnums=1) for name, module in ALGORITHMS.items()}
-TRAIN = {name: jax.jit(module.train) for name, module in ALGORITHMS.items()}
+INIT = {name: exact_jit(module.init) for name, module in ALGORITHMS.items()}
+EPOCH = {name: exact_jit(module.epoch, donate_argnums=1) for name, module in ALGORITHMS.items()}
+TRAIN = {name: exact_jit(module.train) for name, module in ALGORITHMS.items()}
 every_file = pytest.mark.parametrize("name", FILES)
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
@@ -205,7 +205,7 @@ def test_train_equals_init_and_epochs(name):
 def test_one_seed_of_many_equals_that_seed_alone(name):
     """Bitwise, where the seeds run one after the other in one program."""
     keys, train = jax.vmap(random.key)(jnp.arange(3)), ALGORITHMS[name].train
-    runs = jax.jit(lambda config, keys: lax.map(lambda key: train(config, key), keys))(CONFIGS[name], keys)
+    runs = exact_jit(lambda config, keys: lax.map(lambda key: train(config, key), keys))(CONFIGS[name], keys)
     for i in range(3):
         assert_same(jax.tree.map(lambda x, i=i: x[i], runs), TRAIN[name](CONFIGS[name], random.key(i)))
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SMALL, assert_same, load_broken, quick_jit
+from cases import SMALL, assert_same, exact_jit, load_broken, quick_jit
 from jax import random
 from test_cli import fails
 from test_structure import SIZES, assert_touches_batches_only, seed_key
@@ -100,8 +100,8 @@ def test_the_changed_file_is_as_tidy_as_the_others(my_idea):
 def test_one_step_trains_bitwise_as_td3(my_idea):
     """Networks, optimizer's state and metrics, with a buffer that wraps around and episodes that end in both ways."""
     sizes = SMALL | {"env": "Walk-test", "total_steps": 512, "steps_per_epoch": 64, "hidden_sizes": (8,)}
-    expected, expected_metrics = quick_jit(td3.train)(td3.Config(**sizes), random.key(0))
-    state, metrics = quick_jit(my_idea.train)(my_idea.Config(**sizes, n_step=1), random.key(0))
+    expected, expected_metrics = exact_jit(td3.train)(td3.Config(**sizes), random.key(0))
+    state, metrics = exact_jit(my_idea.train)(my_idea.Config(**sizes, n_step=1), random.key(0))
     assert_same(tuple(metrics), tuple(expected_metrics))
     assert_same(tuple(state.params), tuple(expected.params))
     assert_same(tuple(state.opt_state), tuple(expected.opt_state))
@@ -115,7 +115,7 @@ WALK |= {"steps_per_epoch": 6, "total_steps": NUM_STEPS + 6, "buffer_size": NUM_
 @functools.cache
 def collected(module):
     """Rows of all that 3 environments do in 96 steps of random actions: row i is a step of environment i % 3."""
-    return np.asarray(quick_jit(module.init)(module.Config(**WALK), random.key(1)).buffer.rows)
+    return np.asarray(exact_jit(module.init)(module.Config(**WALK), random.key(1)).buffer.rows)
 
 
 @functools.cache
@@ -191,5 +191,5 @@ def test_the_walk_catches_mixed(my_idea, tmp_path, old, new):
 def test_three_steps_are_read_from_the_buffer_without_a_copy_of_it(my_idea):
     config = my_idea.Config(**SIZES)
     state = jax.eval_shape(lambda key: my_idea.init(config, key), seed_key())
-    compiled = quick_jit(lambda state: my_idea.iteration(config, state), donate_argnums=0).lower(state).compile()
+    compiled = exact_jit(lambda state: my_idea.iteration(config, state), donate_argnums=0).lower(state).compile()
     assert_touches_batches_only(compiled, depth=0, num_seeds=1)

@@ -10,7 +10,7 @@ import pytest
 import scipy.integrate
 import scipy.special
 import scipy.stats
-from cases import Clock, assert_close, assert_same, load_broken, np_critic, quick_jit, replace
+from cases import Clock, assert_close, assert_same, exact_jit, load_broken, np_critic, quick_jit, replace
 from gymnax.environments import environment, spaces
 from jax import random
 
@@ -467,7 +467,7 @@ def test_both_criteria_stop_the_amortized_iteration(monkeypatch):
 
 
 def test_all_four_files_collect_the_same_base_points():
-    states = [quick_jit(module.init)(CONFIGS[name], random.key(5)) for name, module in FAMILY.items()]
+    states = [exact_jit(module.init)(CONFIGS[name], random.key(5)) for name, module in FAMILY.items()]
     for state in states[1:]:
         for x, y in zip(states[0].base_points, state.base_points, strict=True):
             np.testing.assert_array_equal(x, y)
@@ -620,13 +620,13 @@ def test_nfqca_ascends_the_value_of_its_actions():
 @every_file
 def test_train_equals_init_and_epochs(name):
     module, config = FAMILY[name], CONFIGS[name]
-    state, metrics = quick_jit(module.init)(config, random.key(3)), []
-    epoch = quick_jit(module.epoch)
+    state, metrics = exact_jit(module.init)(config, random.key(3)), []
+    epoch = exact_jit(module.epoch)
     for _ in range(2):
         state, epoch_metrics = epoch(config, state)
         metrics.append(epoch_metrics)
     assert_same(
-        (state, jax.tree.map(lambda *x: jnp.stack(x), *metrics)), quick_jit(module.train)(config, random.key(3))
+        (state, jax.tree.map(lambda *x: jnp.stack(x), *metrics)), exact_jit(module.train)(config, random.key(3))
     )
     assert metrics[-1].iteration == 4
     assert metrics[-1].step == 80

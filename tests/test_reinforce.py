@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from cases import assert_close, assert_same, finite_differences, load_broken, np_mlp, quick_jit, random_layers, replace
+from cases import (
+    assert_close,
+    assert_same,
+    exact_jit,
+    finite_differences,
+    load_broken,
+    np_mlp,
+    quick_jit,
+    random_layers,
+    replace,
+)
 from jax import random
 
 from algorithms import reinforce
@@ -156,7 +166,7 @@ def test_discrete_actions_are_drawn_as_often_as_the_policy_says():
 @pytest.mark.parametrize("config", [CONFIG, BOX], ids=["discrete", "box"])
 def test_train_equals_init_and_epochs_alone_and_among_others(config):
     """Bitwise."""
-    init, epoch = jax.jit(reinforce.init), jax.jit(reinforce.epoch, donate_argnums=1)
+    init, epoch = exact_jit(reinforce.init), exact_jit(reinforce.epoch, donate_argnums=1)
     state, metrics = init(config, random.key(1)), []
     for _ in range(2):
         state, epoch_metrics = epoch(config, state)
@@ -164,7 +174,7 @@ def test_train_equals_init_and_epochs_alone_and_among_others(config):
     run = state, jax.tree.map(lambda *x: jnp.stack(x), *metrics)
     assert run[1].step.tolist() == [64, 128]
     keys = jax.vmap(random.key)(jnp.arange(2))
-    runs = jax.jit(lambda keys: jax.lax.map(lambda key: reinforce.train(config, key), keys))(keys)
+    runs = exact_jit(lambda keys: jax.lax.map(lambda key: reinforce.train(config, key), keys))(keys)
     assert_same(run, jax.tree.map(lambda x: x[1], runs))
 
 

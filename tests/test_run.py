@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import FUSIONS
 
 from algorithms import fqi, fqi_amortized, nfqca, reinforce, svg, td3
 from common import checkpoint, cli, devices, milp, plot, record, run
@@ -95,18 +96,27 @@ def test_layout(unbroken):
     assert unbroken["curve.png"].startswith(b"\x89PNG")
 
 
-def test_files_hold_what_train_returns(unbroken, tmp_path):
-    train = jax.jit(td3.train, compiler_options=devices.cpu_compiler_options())
+def as_a_user():
+    """The environment of a process without what the tests set: threads, devices and compiler are a user's."""
+    ours = ("NPROC", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+def test_files_hold_what_train_returns(monkeypatch, tmp_path):
+    alone = command(tmp_path, "--seed", "1", "--no-plot")
+    done = subprocess.run(alone, env=as_a_user(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    train = jax.jit(td3.train, compiler_options=devices.cpu_compiler_options() | FUSIONS)
     state, metrics = train(CONFIG, jax.random.key(1))
-    rows = list(csv.DictReader(unbroken["seed_1/metrics.csv"].decode().splitlines()))
+    folder = group(tmp_path) / "seed_1"
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     for name in ("step", "critic_loss", "actor_loss"):
         np.testing.assert_array_equal([float(row[name]) for row in rows], np.asarray(getattr(metrics, name), float))
     returns = np.asarray(metrics.eval_returns, np.float64)
     np.testing.assert_array_equal([float(row["eval_return_mean"]) for row in rows], returns.mean(axis=1))
     np.testing.assert_array_equal([float(row["eval_return_std"]) for row in rows], returns.std(axis=1))
-    for name in ("config.json", "policy.npz"):
-        (tmp_path / name).write_bytes(unbroken[f"seed_1/{name}"])
-    _, config, params = record.load_policy(tmp_path)
+    _, config, params = record.load_policy(folder)
     assert vars(config) == vars(CONFIG)
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -130,13 +140,11 @@ def test_seed_is_bitwise_the_same_in_any_company(unbroken, tmp_path, devices, fl
 
 def test_wide_seed_is_bitwise_the_same_in_any_company(tmp_path):
     """Products that XLA shares among threads: threads, devices and compiler as a user has them."""
-    ours = ("NPROC", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
-    env = {name: value for name, value in os.environ.items() if name not in ours}
     wide = ["--hidden-sizes", "256", "256", "--batch-size", "256", "--learning-starts", "256", "--total-steps", "320"]
     wide += ["--no-plot", "--seed", "2"]
     for name, *flags in (["alone"], ["together", "--num-seeds", "2"]):
         again = command(tmp_path, *wide, "--name", name, *flags)
-        done = subprocess.run(again, env=env, capture_output=True, text=True)
+        done = subprocess.run(again, env=as_a_user(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert contents(group(tmp_path, "alone") / "seed_2") == contents(group(tmp_path, "together") / "seed_2")
 

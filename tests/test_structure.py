@@ -6,13 +6,12 @@ test would notice and everything at a million rows, so the compiled text is read
 
 import functools
 import math
-import os
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import SMALL, replace
+from cases import FUSIONS, SMALL, replace
 from jax import lax, random
 
 from algorithms import ddpg, sac, sac_value, svg, td3
@@ -48,10 +47,7 @@ every_algorithm = pytest.mark.parametrize(
 # place: where XLA cannot do it in place it puts a copy before. Under vmap the write into eight buffers is a scatter.
 FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "fusion", "while", "call", "conditional"}
 IN_PLACE = {"dynamic-update-slice", "scatter"}
-OPTIONS = {"xla_backend_optimization_level": 0}  # which leaves the text as it is
-if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):  # the tests', which does not
-    OPTIONS |= {"xla_cpu_use_fusion_emitters": True}
-jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0} | FUSIONS)  # the users' text
 INSTRUCTION = re.compile(r"^\s*(ROOT )?%?(?P<name>[\w.-]+) = (?P<rest>.*)$")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Clock, assert_close, assert_same, load_broken, quick_jit, replace
+from cases import Clock, assert_close, assert_same, exact_jit, load_broken, quick_jit, replace
 from jax import random
 from jax.flatten_util import ravel_pytree
 
@@ -328,7 +328,7 @@ def test_the_true_reward_of_an_observation_is_the_environments(env_id):
 @pytest.mark.parametrize("config", [TRUE, LEARNED], ids=["true", "learned"])
 def test_train_equals_init_and_epochs_alone_and_among_others(config):
     """Bitwise."""
-    init, epoch = jax.jit(svg.init), jax.jit(svg.epoch, donate_argnums=1)
+    init, epoch = exact_jit(svg.init), exact_jit(svg.epoch, donate_argnums=1)
     state, metrics = init(config, random.key(1)), []
     for _ in range(2):
         state, epoch_metrics = epoch(config, state)
@@ -337,7 +337,7 @@ def test_train_equals_init_and_epochs_alone_and_among_others(config):
     assert run[1].iteration.tolist() == [2, 4]
     assert run[1].step.tolist() == ([40, 80] if config is TRUE else [72, 80])
     keys = jax.vmap(random.key)(jnp.arange(2))
-    runs = jax.jit(lambda keys: jax.lax.map(lambda key: svg.train(config, key), keys))(keys)
+    runs = exact_jit(lambda keys: jax.lax.map(lambda key: svg.train(config, key), keys))(keys)
     assert_same(run, jax.tree.map(lambda x: x[1], runs))
 
 
