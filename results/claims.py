@@ -96,8 +96,8 @@ def draw_over_training(rows):
     return page
 
 
-def experiment(title, cells, report, draw, quick, sample="16 seeds of each, each return a mean over 128 episodes"):
-    """An experiment whose cells are runs of 16 seeds."""
+def experiment(title, cells, report, draw, quick, seeds=16):
+    """An experiment whose cells are runs of `seeds` seeds."""
     return Experiment(
         title=title,
         cells=cells,
@@ -105,7 +105,7 @@ def experiment(title, cells, report, draw, quick, sample="16 seeds of each, each
         report=report,
         draw=draw,
         quick=lambda cells: study.smaller(cells, *quick),
-        sample=sample,
+        sample=study.sample(seeds),
     )
 
 
@@ -377,7 +377,7 @@ EXPERIMENTS = {
         report_amortization,
         draw_amortization,
         ["fqi", "exact 0.1"],
-        sample="8 seeds of each, each return a mean over 128 episodes",
+        seeds=8,
     ),
     "pathwise_returns": experiment(
         "Reparameterised gradients beat score functions: returns",

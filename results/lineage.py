@@ -129,6 +129,6 @@ EXPERIMENTS = {
         draw=draw,
         quick=lambda cells: study.smaller(cells, "td3") | {"gradient_estimators": 2},
         sources=("lineage",),
-        sample="16 seeds of each, each return a mean over 128 episodes; 16 trials of the estimators",
+        sample=f"{study.sample()}; 16 trials of the estimators",
     )
 }

@@ -59,6 +59,11 @@ class Run(NamedTuple):
     change: str = ""  # name of a file in `changes/`, without .diff
 
 
+def sample(seeds=16, episodes="128 episodes"):
+    """What the returns of an experiment's runs are a sample of."""
+    return f"{seeds} seeds of each, each return a mean over {episodes}"
+
+
 # Training
 
 
