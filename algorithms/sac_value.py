@@ -1,35 +1,37 @@
 """Soft Actor-Critic (SAC) with a value network, as it was first published.
 
-The policy is rewarded for its entropy: it is drawn to the Boltzmann policy of the smaller of two critics, by a gradient
-through its own samples; a value network stands for the expectation over actions in the critics' targets.
+The policy is trained towards the Boltzmann policy of the smaller of two critics, by reparameterized gradients; a value
+network replaces the expectation over actions in the critics' targets. The policy is `d` below, `pi` in most papers.
 
-    initialise critics q1, q2, value v, policy d, target v' as a copy of v, an empty replay buffer R
+    initialize critics q1, q2, value v, policy d, target v' as a copy of v, and an empty replay buffer R
     fill R with learning_starts transitions of uniformly random actions
     repeat until total_steps environment steps:
-        in num_envs environments: take a ~ d(. | s) and store (s, a, r, s', terminated) in R
-        once for each environment step:
-            draw a batch from R
-            a~ = tanh(mean(s) + std(s) * N(0, 1))
-            one Adam step on mean (v(s) - (min(q1(s, a~), q2(s, a~)) - alpha * log d(a~ | s)))^2
-            y  = r + gamma * (1 - terminated) * v'(s')
+        take num_steps steps in num_envs environments with a ~ d(. | s), and store (s, a, r, s', terminated) in R
+        repeat utd_ratio times for each of these steps:
+            sample a batch from R
+            b = tanh(mean(s) + std(s) * N(0, 1))
+            one Adam step of v on mean (v(s) - (min(q1(s, b), q2(s, b)) - alpha * log d(b | s)))^2
+            y = r + gamma * (1 - terminated) * v'(s')
             one Adam step on mean (q1(s, a) - y)^2 + mean (q2(s, a) - y)^2
-            a~ = tanh(mean(s) + std(s) * N(0, 1))
-            one Adam step of d on mean (alpha * log d(a~ | s) - min(q1(s, a~), q2(s, a~)))
+            b = tanh(mean(s) + std(s) * N(0, 1))
+            one Adam step of d on mean (alpha * log d(b | s) - min(q1(s, b), q2(s, b)))
             v' <- tau * v + (1 - tau) * v'
 
-Sources: Haarnoja et al., "Soft Actor-Critic: Off-Policy Maximum Entropy Deep Reinforcement Learning with a Stochastic
-Actor" (ICML 2018), Algorithm 1, equations 5-13 and appendix C.
+Source: Haarnoja et al., "Soft Actor-Critic: Off-Policy Maximum Entropy Deep Reinforcement Learning with a Stochastic
+Actor" (ICML 2018), Algorithm 1 and appendix C.
 
-Departures, each for a reason:
-- The value target draws its action at s, where v is fitted, as in the paper and not at s' as some accounts have it.
-- A time limit is no termination: the target bootstraps through it from the last observation before the reset.
-- Environments step together, `num_envs` at a time; the updates they are owed follow at once, one per environment step.
-- Networks are small (64 x 64). Densities, and with them entropies, are those of actions scaled to [-1, 1]: in the
-  environment's units every log-density is less by the sum of log((high - low) / 2), which moves no optimum.
+Differences from the paper:
+- Targets bootstrap through time limits, from the last observation before the reset.
+- Environments step in parallel, num_envs at a time; the updates for their steps follow.
+- The action in the value's target is sampled at s, as in the paper, and not at s' as in some accounts of it.
+- Smaller networks and faster targets, for Pendulum-v1. Densities and entropies are those of actions in [-1, 1].
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import distrax
 import gymnax
@@ -38,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax, random
+from jax.flatten_util import ravel_pytree
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # bounds of the policy's log standard deviation
 
@@ -45,31 +48,36 @@ LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # bounds of the policy's log standard dev
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Hyperparameters. Static fields shape the program; the others are leaves, free to be traced and vmapped."""
+    """Hyperparameters. Static fields set shapes and loop lengths; the others can be traced, vmapped and swept.
 
-    env: str = jax.tree.static(default="Pendulum-v1")  # a registered gymnax environment with a Box of actions
-    total_steps: int = jax.tree.static(default=10_000)  # environment steps in all, the warm-up included
+    Counts of environment steps are rounded up to whole iterations of num_envs * num_steps.
+    """
+
+    env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment with bounded continuous actions
+    total_steps: int = jax.tree.static(default=10_000)  # environment steps, warm-up included
     learning_starts: int = jax.tree.static(default=1_000)  # environment steps of uniformly random warm-up
-    steps_per_epoch: int = jax.tree.static(default=1_000)  # environment steps between two evaluations
-    num_envs: int = jax.tree.static(default=8)  # environments that step together
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes of an evaluation
-    buffer_size: int = jax.tree.static(default=100_000)  # transitions the replay buffer holds
-    batch_size: int = jax.tree.static(default=256)  # transitions of an update
+    steps_per_epoch: int = jax.tree.static(default=1_000)  # environment steps between evaluations
+    num_envs: int = jax.tree.static(default=8)  # environments stepped in parallel
+    num_steps: int = jax.tree.static(default=1)  # steps of each environment per iteration
+    utd_ratio: Annotated[float, "> 0"] = jax.tree.static(default=1.0)  # updates per environment step
+    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
+    buffer_size: int = jax.tree.static(default=100_000)  # transitions in the replay buffer
+    batch_size: int = jax.tree.static(default=256)  # transitions per update
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
-    learning_rate: float = 1e-3  # Adam's step size for everything learned, > 0
-    gamma: float = 0.99  # discount per environment step, in [0, 1]
-    tau: float = 0.02  # fraction by which the target moves towards the value network, in [0, 1]
-    alpha: float = 0.1  # temperature, > 0, in units of reward per nat
+    learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for everything learned
+    gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
+    tau: Annotated[float, "in [0, 1]"] = 0.02  # step of the target towards the value network
+    alpha: Annotated[float, "> 0"] = 0.1  # temperature, reward per nat
 
 
 class Transition(NamedTuple):
-    """One step of an environment, or a batch of them."""
+    """One environment step, or a batch of them."""
 
     obs: jax.Array  # [..., obs_dim]
     action: jax.Array  # [..., action_dim], in [-1, 1]
     reward: jax.Array  # [...]
     next_obs: jax.Array  # [..., obs_dim], before any reset
-    terminated: jax.Array  # [...], 1 where the episode ended by itself, 0 elsewhere, also at a time limit
+    terminated: jax.Array  # [...], 0 at a time limit
 
 
 class Params(NamedTuple):
@@ -82,99 +90,43 @@ class Params(NamedTuple):
 
 
 class OptState(NamedTuple):
-    """Adam's moments."""
+    """Adam's state."""
 
     actor: Any
     critic: Any
     value: Any
 
 
-class Buffer(NamedTuple):
-    """Ring of packed transitions: one array is written by one slice update, in place, and read by one gather."""
-
-    rows: jax.Array  # [buffer_size, 2 * obs_dim + action_dim + 2]
-    position: jax.Array  # [] int32, where the next row goes
-    size: jax.Array  # [] int32, rows filled
-
-
 class State(NamedTuple):
-    """All that training carries from one environment step to the next."""
+    """Everything carried from one iteration to the next."""
 
     params: Params
     opt_state: OptState
-    buffer: Buffer
-    env_state: Any  # gymnax states, leading axis [num_envs]
+    buffer: jax.Array  # [capacity, 2 * obs_dim + action_dim + 2], packed transitions, see `store`
+    env_state: Any  # leading axis [num_envs]
     obs: jax.Array  # [num_envs, obs_dim]
     step: jax.Array  # [] int32, environment steps so far
-    key: jax.Array  # [] random key
+    key: jax.Array  # [] random key of the training
+    key_eval: jax.Array  # [] random key of the evaluations, so that their number does not change the training
 
 
 class Metrics(NamedTuple):
     """What an epoch reports."""
 
     step: jax.Array  # [] int32, environment steps so far
-    eval_returns: jax.Array  # [num_eval_episodes], undiscounted, of the greedy policy
-    value_bias: jax.Array  # [], what the critic expects of the greedy policy at evaluation minus what it gets
-    critic_loss: jax.Array  # [], sum over both critics, mean over the epoch
+    eval_returns: jax.Array  # [num_eval_episodes], undiscounted, greedy policy
+    critic_loss: jax.Array  # [], summed over both critics, mean over the epoch
+    q_value: jax.Array  # [], mean of both critics on the batches of the epoch
     actor_loss: jax.Array  # [], mean over the epoch
     entropy: jax.Array  # [], nats, of the policy on actions in [-1, 1], mean over the epoch
     value_loss: jax.Array  # [], mean over the epoch
-
-
-# Environment
-
-
-def make_env(config):
-    """Return `(env, env_params, low, high)`, the action bounds as `[action_dim]`; ValueError without finite bounds."""
-    env, env_params = gymnax.make(config.env)
-    with jax.ensure_compile_time_eval():
-        space = env.action_space(env_params)
-    if not (hasattr(space, "low") and np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-        raise ValueError(f"env={config.env}: its actions must be a Box with finite bounds")
-    low, high = (np.broadcast_to(np.asarray(x, float), space.shape).reshape(-1) for x in (space.low, space.high))
-    return env, env_params, low, high
-
-
-def flatten(obs):
-    """Observations `[num_envs, ...]` of any shape and type as floats `[num_envs, obs_dim]`."""
-    return obs.reshape(len(obs), -1).astype(float)
-
-
-def scale_action(config, action):
-    """Map `action [action_dim]` from [-1, 1] affinely to the environment's bounds, in the environment's shape."""
-    env, env_params, low, high = make_env(config)
-    return (low + (action + 1) / 2 * (high - low)).reshape(env.action_space(env_params).shape)
-
-
-def env_init(config, key):
-    """Reset `num_envs` environments: `(env_state, obs [num_envs, obs_dim])`."""
-    env, env_params, *_ = make_env(config)
-    obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(random.split(key, config.num_envs), env_params)
-    return env_state, flatten(obs)
-
-
-def env_step(config, env_state, obs, action, key):
-    """Step every environment, resetting the ended: `(env_state, obs [num_envs, obs_dim], Transition, ended)`.
-
-    `Transition` and `ended`, whether an episode is over for either reason, have a leading axis [num_envs].
-    """
-    env, env_params, *_ = make_env(config)
-    keys = random.split(key, config.num_envs)
-    env_action = jax.vmap(scale_action, in_axes=(None, 0))(config, action)
-    next_obs, env_state, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
-        keys, env_state, env_action, env_params
-    )
-    # next_obs may already belong to a new episode
-    final_obs = flatten(info["final_observation"])
-    transition = Transition(obs, action, reward, final_obs, terminated)
-    return env_state, flatten(next_obs), transition, terminated | truncated
 
 
 # Networks
 
 
 def mlp_init(key, sizes):
-    """Layers `[(weights [n, m], biases [m]), ...]` for `sizes`, weights by LeCun's normal rule, biases zero."""
+    """Layers `[(weights [n, m], biases [m]), ...]`, LeCun normal weights and zero biases."""
     keys = random.split(key, len(sizes) - 1)
     normal = jax.nn.initializers.lecun_normal()
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
@@ -189,15 +141,15 @@ def mlp(params, x):
 
 
 def policy(params, obs):
-    """Gaussian of actions before they are squashed: `obs [..., obs_dim]` to a distribution over `[..., action_dim]`."""
+    """Gaussian before squashing: `obs [..., obs_dim]` to a distribution over `[..., action_dim]`."""
     mean, log_std = jnp.split(mlp(params, obs), 2, axis=-1)
     return distrax.MultivariateNormalDiag(mean, jnp.exp(jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)))
 
 
-def sample(params, obs, noise):
+def sample_action(params, obs, noise):
     """Squashed `mean + std * noise` and its log-density: `noise [..., action_dim]` to `([..., action_dim], [...])`.
 
-    The density is that of the action before squashing: the inverse of tanh loses all digits where |action| nears 1.
+    Computed from the action before squashing, since the inverse of tanh loses all digits where |action| nears 1.
     """
     gaussian = policy(params, obs)
     unsquashed = gaussian.mean() + gaussian.stddev() * noise
@@ -206,7 +158,7 @@ def sample(params, obs, noise):
 
 
 def actor(params, obs):
-    """Greedy policy, the squashed mean: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
+    """Squashed mean of the policy: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
     return jnp.tanh(policy(params, obs).mean())
 
 
@@ -215,257 +167,305 @@ def critic(params, obs, action):
     return mlp(params, jnp.concatenate([obs, action], axis=-1))[..., 0]
 
 
+def twin_critics(params, obs, action):
+    """Both critics: `[2, ...]`."""
+    return jax.vmap(critic, in_axes=(0, None, None))(params, obs, action)
+
+
 def value(params, obs):
     """State value: `obs [..., obs_dim]` to `[...]`."""
     return mlp(params, obs)[..., 0]
 
 
-def twin_critics(params, obs, action):
-    """Both critics at once: `[2, ...]`."""
-    return jax.vmap(critic, in_axes=(0, None, None))(params, obs, action)
+# Learning
 
 
-def greedy_value(config, params, obs):
-    """What the critics expect of the greedy policy: `obs [..., obs_dim]` to `[...]`."""
-    return twin_critics(params.critic, obs, actor(params.actor, obs)).min(axis=0)
+def soft_value(config, params, batch, noise):
+    """Target `[batch]` of the value network, with standard normal `noise [batch, action_dim]`."""
+    action, log_prob = sample_action(params.actor, batch.obs, noise)
+    return twin_critics(params.critic, batch.obs, action).min(axis=0) - config.alpha * log_prob
+
+
+def value_loss(value_params, batch, target):
+    """Mean squared error to `target [batch]`."""
+    return jnp.square(value(value_params, batch.obs) - target).mean()
+
+
+def td_target(config, params, batch):
+    """Target `[batch]` of the critics, from the target value network."""
+    next_value = value(params.target_value, batch.next_obs)
+    return batch.reward + config.gamma * jnp.where(batch.terminated, 0, next_value)
+
+
+def critic_loss(critic_params, batch, target):
+    """Mean squared error to `target [batch]`, and mean value: `(loss, q_value)`."""
+    q = twin_critics(critic_params, batch.obs, batch.action)
+    return jnp.square(q - target).mean(axis=1).sum(), q.mean()  # the sum is over both critics
+
+
+def actor_loss(actor_params, critic_params, alpha, batch, noise):
+    """KL divergence from the Boltzmann policy up to a constant, and the policy's entropy: `(loss, entropy)`."""
+    action, log_prob = sample_action(actor_params, batch.obs, noise)
+    q = twin_critics(critic_params, batch.obs, action).min(axis=0)
+    return (alpha * log_prob - q).mean(), -log_prob.mean()
+
+
+def optimizer(config):
+    """Adam; a schedule or gradient clipping goes here."""
+    return optax.adam(config.learning_rate)
+
+
+def apply_grads(config, grads, params, opt_state):
+    """One step of the optimizer: `(params, opt_state)`."""
+    updates, opt_state = optimizer(config).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def update(config, params, opt_state, batch, noise):
+    """One update from a batch, with standard normal `noise [2, batch, action_dim]`: `(params, opt_state, losses)`."""
+    target = soft_value(config, params, batch, noise[0])
+    loss, grads = jax.value_and_grad(value_loss)(params.value, batch, target)
+    value_params, value_opt_state = apply_grads(config, grads, params.value, opt_state.value)
+    target = td_target(config, params, batch)
+    critic_losses, grads = jax.value_and_grad(critic_loss, has_aux=True)(params.critic, batch, target)
+    critic_params, critic_opt_state = apply_grads(config, grads, params.critic, opt_state.critic)
+    actor_grad = jax.value_and_grad(actor_loss, has_aux=True)
+    actor_losses, grads = actor_grad(params.actor, critic_params, config.alpha, batch, noise[1])
+    actor_params, actor_opt_state = apply_grads(config, grads, params.actor, opt_state.actor)
+    target_value = optax.incremental_update(value_params, params.target_value, config.tau)
+    params = Params(actor_params, critic_params, value_params, target_value)
+    opt_state = OptState(actor_opt_state, critic_opt_state, value_opt_state)
+    return params, opt_state, (*critic_losses, *actor_losses, loss)
+
+
+# Policies
+
+
+def greedy(config, params, obs):
+    """The policy without noise: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
+    return actor(params.actor, obs)
+
+
+def explore(config, params, obs, key):
+    """Actions sampled from the policy."""
+    noise = random.normal(key, (*obs.shape[:-1], make_env(config.env).action_dim))
+    return sample_action(params.actor, obs, noise)[0]
+
+
+def warm_up(config, params, obs, key):
+    """Uniformly random actions."""
+    return random.uniform(key, (*obs.shape[:-1], make_env(config.env).action_dim), minval=-1, maxval=1)
 
 
 def act(config, params, obs):
-    """Greedy action in the environment's units and shape for one observation of any shape."""
-    return scale_action(config, actor(params.actor, flatten(obs[None])[0]))
+    """Greedy action in the environment's units and shape, for one observation of any shape."""
+    return make_env(config.env).rescale(greedy(config, params, flatten(obs)))
+
+
+# Environment
+
+
+class Env(NamedTuple):
+    """An environment as pure functions, with observations `[obs_dim]` and actions `[action_dim]` in [-1, 1].
+
+    Where an episode has ended, `step` gives as `obs` the first of a new one, and as `next_obs` its last.
+    """
+
+    obs_dim: int
+    action_dim: int
+    reset: Callable  # key -> (env_state, obs)
+    step: Callable  # (env_state, action, key) -> (env_state, obs, reward, next_obs, terminated, truncated)
+    rescale: Callable  # action -> the same in the environment's bounds and shape
+
+
+def flatten(obs):
+    """One observation, of any shape and type, as floats `[obs_dim]`."""
+    return jnp.ravel(obs).astype(float)
+
+
+@functools.cache
+def make_env(name):
+    """The gymnax environment `name`; ValueError unless its actions are bounded and continuous."""
+    with jax.ensure_compile_time_eval():
+        env, env_params = gymnax.make(name)
+        space = env.action_space(env_params)
+        low, high = (np.broadcast_to(getattr(space, bound, np.nan), space.shape) for bound in ("low", "high"))
+    if not np.isfinite([low, high]).all():
+        raise ValueError(f"env={name}: must have actions in a Box with finite bounds")
+
+    def rescale(action):
+        return low + (action.reshape(low.shape) + 1) / 2 * (high - low)
+
+    def reset(key):
+        obs, env_state = env.reset(key, env_params)
+        return env_state, flatten(obs)
+
+    def step(env_state, action, key):
+        obs, env_state, reward, terminated, truncated, info = env.step(key, env_state, rescale(action), env_params)
+        # wrappers often transform `obs` alone, so the copy in `info` is read only where there is no other
+        next_obs = jnp.where(terminated | truncated, flatten(info["final_observation"]), flatten(obs))
+        return env_state, flatten(obs), reward, next_obs, terminated, truncated
+
+    return Env(jax.eval_shape(reset, random.key(0))[1].size, low.size, reset, step, rescale)
+
+
+def rollout(config, params, policy, env_state, obs, keys):
+    """Step all environments once per key: `(env_state, obs, Transition [len(keys), num_envs])`."""
+    env_step = jax.vmap(make_env(config.env).step)
+
+    def step(carry, key):
+        env_state, obs = carry
+        key_policy, key_env = random.split(key)
+        action = policy(config, params, obs, key_policy)
+        keys_env = random.split(key_env, len(obs))
+        env_state, new_obs, reward, next_obs, terminated, _ = env_step(env_state, action, keys_env)
+        return (env_state, new_obs), Transition(obs, action, reward, next_obs, terminated)
+
+    (env_state, obs), transitions = lax.scan(step, (env_state, obs), keys)
+    return env_state, obs, transitions
 
 
 # Replay buffer
 
 
-def buffer_init(capacity, width):
-    """Empty ring of `capacity` rows."""
-    return Buffer(jnp.zeros((capacity, width)), jnp.int32(0), jnp.int32(0))
+def example(config):
+    """A transition of zeros, for the layout of a row."""
+    env = make_env(config.env)
+    return Transition(jnp.zeros(env.obs_dim), jnp.zeros(env.action_dim), 0.0, jnp.zeros(env.obs_dim), 0.0)
 
 
-def buffer_add(buffer, transition):
-    """Store `transition [n]` over the oldest rows; `n` must divide the capacity, so that no write wraps around."""
-    columns = [x if x.ndim > 1 else x[:, None] for x in transition]
-    rows = jnp.concatenate(columns, axis=1, dtype=buffer.rows.dtype)
-    capacity, n = len(buffer.rows), len(rows)
-    return Buffer(
-        lax.dynamic_update_slice_in_dim(buffer.rows, rows, buffer.position, axis=0),
-        (buffer.position + n) % capacity,
-        jnp.minimum(buffer.size + n, capacity),
-    )
+def store(buffer, step, transitions):
+    """Write `transitions [num_steps, num_envs]` over the oldest rows, from row `step % capacity` on.
+
+    Their number divides the capacity, so that no write wraps around. An environment's next step is `num_envs` rows on.
+    The buffer is one array because XLA updates one in place inside a loop, and copies several.
+    """
+    rows = jax.vmap(jax.vmap(lambda transition: ravel_pytree(transition)[0]))(transitions)
+    return lax.dynamic_update_slice_in_dim(buffer, rows.reshape(-1, buffer.shape[1]), step % len(buffer), axis=0)
 
 
-def unpack(rows, action_dim):
-    """Rows `[..., 2 * obs_dim + action_dim + 2]` as `Transition [...]`."""
-    obs_dim = (rows.shape[-1] - action_dim - 2) // 2
-    ends = (obs_dim, obs_dim + action_dim, obs_dim + action_dim + 1, rows.shape[-1] - 1)
-    obs, action, reward, next_obs, terminated = jnp.split(rows, ends, axis=-1)
-    return Transition(obs, action, reward[..., 0], next_obs, terminated[..., 0])
-
-
-def buffer_sample(buffer, key, shape, action_dim):
-    """Draw `Transition [*shape]` uniformly, with replacement, from the filled rows."""
-    index = random.randint(key, shape, 0, buffer.size)
-    return unpack(buffer.rows.at[index].get(mode="promise_in_bounds"), action_dim)
-
-
-# Losses
-
-
-def value_loss(value_params, config, params, batch, noise):
-    """Squared error of the value to its soft target, with `noise [batch, action_dim]` standard normal (eq. 5)."""
-    action, log_prob = sample(params.actor, batch.obs, noise)
-    target = twin_critics(params.critic, batch.obs, action).min(axis=0) - config.alpha * log_prob
-    return jnp.square(value(value_params, batch.obs) - target).mean()
-
-
-def critic_loss(critic_params, config, params, batch):
-    """Squared error of both critics to one target (eq. 7, 8)."""
-    next_value = value(params.target_value, batch.next_obs)
-    target = batch.reward + config.gamma * (1 - batch.terminated) * next_value
-    q = twin_critics(critic_params, batch.obs, batch.action)
-    return jnp.square(q - target).mean(axis=1).sum()
-
-
-def actor_loss(actor_params, config, params, batch, noise):
-    """Divergence from the Boltzmann policy, up to a constant (eq. 12), and the policy's entropy: `(loss, entropy)`."""
-    action, log_prob = sample(actor_params, batch.obs, noise)
-    q = twin_critics(params.critic, batch.obs, action).min(axis=0)
-    return (config.alpha * log_prob - q).mean(), -log_prob.mean()
+def sample(config, buffer, step, key):
+    """Draw `Transition [batch_size]` uniformly, with replacement, from the newest `min(step, capacity)` steps."""
+    _, unravel = ravel_pytree(example(config))
+    index = random.randint(key, (config.batch_size,), 0, jnp.minimum(step, len(buffer)))
+    return jax.vmap(unravel)(buffer.at[index].get(mode="promise_in_bounds"))
 
 
 # Training
 
 
-def steps_per_iteration(config):
-    """Environment steps between returns to learning: one of each environment."""
-    return config.num_envs
-
-
-def check(config):
-    """Raise a ValueError `field=value: rule` where sizes and counts do not fit together."""
-    starts, steps = config.learning_starts, steps_per_iteration(config)
-    stored = min(starts, config.buffer_size)
-    multiple = f"a multiple of num_envs={steps}"
-    whole = f"learning_starts={starts} plus a multiple of steps_per_epoch={config.steps_per_epoch}"
-    rules = [
-        ("learning_starts", starts % steps == 0, multiple),
-        ("steps_per_epoch", config.steps_per_epoch % steps == 0, multiple),
-        ("buffer_size", config.buffer_size % steps == 0, multiple),
-        ("batch_size", config.batch_size <= stored, f"at most {stored}, what the warm-up stores"),
-        ("learning_starts", starts < config.total_steps, f"less than total_steps={config.total_steps}"),
-        ("total_steps", (config.total_steps - starts) % config.steps_per_epoch == 0, whole),
-    ]
-    for name, kept, rule in rules:
-        if not kept:
-            raise ValueError(f"{name}={getattr(config, name)}: must be {rule}")
-
-
 def collect(config, state, policy):
-    """One iteration's environment steps with `policy(obs [num_envs, obs_dim], key) -> action`, stored in the buffer."""
-
-    def step(carry, key):
-        key_policy, key_env = random.split(key)
-        env_state, obs = carry
-        env_state, next_obs, transition, _ = env_step(config, env_state, obs, policy(obs, key_policy), key_env)
-        return (env_state, next_obs), transition
-
-    steps = steps_per_iteration(config)
-    key, key_steps = random.split(state.key)
-    keys = random.split(key_steps, steps // config.num_envs)
-    (env_state, obs), transitions = lax.scan(step, (state.env_state, state.obs), keys)
-    transitions = jax.tree.map(lambda x: x.reshape(steps, *x.shape[2:]), transitions)
-    buffer = buffer_add(state.buffer, transitions)
-    return state._replace(buffer=buffer, env_state=env_state, obs=obs, step=state.step + steps, key=key)
-
-
-def update_value(config, params, opt_state, batch, noise):
-    """One Adam step of the value network: `(params, opt_state, loss)`."""
-    loss, grads = jax.value_and_grad(value_loss)(params.value, config, params, batch, noise)
-    updates, adam = optax.adam(config.learning_rate).update(grads, opt_state.value)
-    params = params._replace(value=optax.apply_updates(params.value, updates))
-    return params, opt_state._replace(value=adam), loss
-
-
-def update_critic(config, params, opt_state, batch):
-    """One Adam step of both critics: `(params, opt_state, loss)`."""
-    loss, grads = jax.value_and_grad(critic_loss)(params.critic, config, params, batch)
-    updates, adam = optax.adam(config.learning_rate).update(grads, opt_state.critic)
-    params = params._replace(critic=optax.apply_updates(params.critic, updates))
-    return params, opt_state._replace(critic=adam), loss
-
-
-def update_actor(config, params, opt_state, batch, noise):
-    """One Adam step of the actor: `(params, opt_state, (loss, entropy))`."""
-    figures, grads = jax.value_and_grad(actor_loss, has_aux=True)(params.actor, config, params, batch, noise)
-    updates, adam = optax.adam(config.learning_rate).update(grads, opt_state.actor)
-    params = params._replace(actor=optax.apply_updates(params.actor, updates))
-    return params, opt_state._replace(actor=adam), figures
-
-
-def update_targets(config, params):
-    """Move every target towards its online network."""
-    target_value = optax.incremental_update(params.value, params.target_value, config.tau)
-    return params._replace(target_value=target_value)
-
-
-def learn(config, params, opt_state, batch, noise):
-    """Update value, critics, actor and target on one batch, with `noise [2, batch, action_dim]`."""
-    params, opt_state, value_loss = update_value(config, params, opt_state, batch, noise[0])
-    params, opt_state, critic_loss = update_critic(config, params, opt_state, batch)
-    params, opt_state, (actor_loss, entropy) = update_actor(config, params, opt_state, batch, noise[1])
-    return update_targets(config, params), opt_state, (critic_loss, actor_loss, entropy, value_loss)
+    """`num_steps` steps of all environments with `policy`, stored: `State`."""
+    key, key_rollout = random.split(state.key)
+    keys = random.split(key_rollout, config.num_steps)
+    env_state, obs, transitions = rollout(config, state.params, policy, state.env_state, state.obs, keys)
+    buffer, step = store(state.buffer, state.step, transitions), state.step + transitions.reward.size
+    return state._replace(buffer=buffer, env_state=env_state, obs=obs, step=step, key=key)
 
 
 def iteration(config, state):
-    """Collect from the policy, then make one update for each environment step: `(State, figures)`."""
-    _, _, low, _ = make_env(config)
-
-    def explore(obs, key):
-        return sample(state.params.actor, obs, random.normal(key, (len(obs), len(low))))[0]
-
-    def step(carry, batch_and_noise):
-        *carry, figures = learn(config, *carry, *batch_and_noise)
-        return tuple(carry), figures
-
+    """Collect, then make the updates that these steps ask for: `(State, losses)`."""
     state = collect(config, state, explore)
-    key, key_batch, key_noise = random.split(state.key, 3)
-    shape = (steps_per_iteration(config), config.batch_size)
-    batches = buffer_sample(state.buffer, key_batch, shape, len(low))
-    noise = random.normal(key_noise, (len(batches.reward), 2, config.batch_size, len(low)))
-    (params, opt_state), figures = lax.scan(step, (state.params, state.opt_state), (batches, noise))
-    return state._replace(params=params, opt_state=opt_state, key=key), figures
+    key, key_updates = random.split(state.key)
+    num_updates = round(config.utd_ratio * config.num_envs * config.num_steps)
+
+    def step(carry, key):
+        key_batch, key_noise = random.split(key)
+        batch = sample(config, state.buffer, state.step, key_batch)
+        noise = random.normal(key_noise, (2, *batch.action.shape))
+        *carry, losses = update(config, *carry, batch, noise)
+        return tuple(carry), losses
+
+    keys = random.split(key_updates, num_updates)
+    (params, opt_state), losses = lax.scan(step, (state.params, state.opt_state), keys)
+    return state._replace(params=params, opt_state=opt_state, key=key), losses
 
 
 def evaluate(config, params, key):
-    """Greedy policy on whole episodes in fresh environments: `(returns [num_eval_episodes], value_bias [])`.
-
-    The returns are undiscounted. The bias is the critic's value of the first observation minus the discounted return
-    from there, its part beyond a time limit filled in with the critic's value of the last observation; a mean.
-    """
-    env, env_params, *_ = make_env(config)
+    """Undiscounted returns `[num_eval_episodes]` of the greedy policy on new episodes."""
+    env = make_env(config.env)
 
     def step(carry):
-        obs, env_state, _, _, total, discounted, discount, key = carry
+        env_state, obs, total, _, key = carry
         key, key_step = random.split(key)
-        action = act(config, params, obs)
-        _, env_state, reward, terminated, truncated, info = env.step(key_step, env_state, action, env_params)
-        totals = total + reward, discounted + discount * reward, discount * config.gamma
-        return info["final_observation"], env_state, terminated, truncated, *totals, key
+        env_state, obs, reward, _, terminated, truncated = env.step(env_state, greedy(config, params, obs), key_step)
+        return env_state, obs, total + reward, terminated | truncated, key
 
     def episode(key):
         key, key_reset = random.split(key)
-        first_obs, env_state = env.reset(key_reset, env_params)
-        carry = first_obs, env_state, False, False, jnp.zeros(()), jnp.zeros(()), jnp.ones(()), key
-        carry = lax.while_loop(lambda carry: ~(carry[2] | carry[3]), step, carry)
-        last_obs, _, terminated, _, total, discounted, discount, _ = carry
-        first_value, last_value = greedy_value(config, params, flatten(jnp.stack([first_obs, last_obs])))
-        return total, first_value - discounted - discount * (1 - terminated) * last_value
+        carry = (*env.reset(key_reset), jnp.zeros(()), False, key)
+        return lax.while_loop(lambda carry: ~carry[3], step, carry)[2]
 
-    returns, bias = jax.vmap(episode)(random.split(key, config.num_eval_episodes))
-    return returns, bias.mean()
+    return jax.vmap(episode)(random.split(key, config.num_eval_episodes))
+
+
+RULES = {
+    "finite": np.isfinite,
+    "> 0": lambda x: np.isfinite(x) & (x > 0),
+    ">= 0": lambda x: np.isfinite(x) & (x >= 0),
+    "in [0, 1]": lambda x: (x >= 0) & (x <= 1),
+    "from 1 to 2147483647": lambda x: (x >= 1) & (x < 2**31),
+}
+
+
+def check(config):
+    """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for field in dataclasses.fields(config):
+        count = field.type in (int, tuple[int, ...])
+        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        for x in jax.tree.leaves(getattr(config, field.name)):
+            if not isinstance(x, str | jax.core.Tracer) and not np.all(RULES[rule](x)):
+                raise ValueError(f"{field.name}={x}: must be {rule}")
+
+
+def num_iterations(config, steps):
+    """The fewest iterations that take `steps` environment steps."""
+    return math.ceil(steps / (config.num_envs * config.num_steps))
+
+
+def num_epochs(config):
+    """The fewest epochs after the warm-up that reach `total_steps`, at least one."""
+    total, warm_up = num_iterations(config, config.total_steps), num_iterations(config, config.learning_starts)
+    return max(1, math.ceil((total - warm_up) / num_iterations(config, config.steps_per_epoch)))
 
 
 def init(config, key):
-    """Networks, targets, and a buffer filled by the warm-up. ValueError where the configuration does not fit."""
+    """Networks, targets, and a buffer filled by the warm-up; ValueError where `config` does not fit."""
     check(config)
-    key, key_actor, key_critic, key_value, key_env = random.split(key, 5)
-    _, _, low, _ = make_env(config)
-    env_state, obs = env_init(config, key_env)
-    obs_dim, action_dim = obs.shape[1], len(low)
-    actor_params = mlp_init(key_actor, (obs_dim, *config.hidden_sizes, 2 * action_dim))
-    critic_sizes = (obs_dim + action_dim, *config.hidden_sizes, 1)
-    critic_params = jax.vmap(lambda k: mlp_init(k, critic_sizes))(random.split(key_critic))
-    value_params = mlp_init(key_value, (obs_dim, *config.hidden_sizes, 1))
-    params = Params(actor_params, critic_params, value_params, jax.tree.map(jnp.copy, value_params))
-    adam = optax.adam(config.learning_rate)
-    opt_state = OptState(adam.init(actor_params), adam.init(critic_params), adam.init(value_params))
-    buffer = buffer_init(config.buffer_size, 2 * obs_dim + action_dim + 2)
-    state = State(params, opt_state, buffer, env_state, obs, jnp.int32(0), key)
-
-    def explore(obs, key):
-        return random.uniform(key, (config.num_envs, action_dim), minval=-1, maxval=1)
-
-    iterations = config.learning_starts // steps_per_iteration(config)
-    return lax.scan(lambda state, _: (collect(config, state, explore), None), state, length=iterations)[0]
+    updates = config.utd_ratio * config.num_envs * config.num_steps
+    if not math.isclose(updates, max(1, round(updates))):
+        raise ValueError(f"utd_ratio={config.utd_ratio}: must make whole updates per iteration, not {updates}")
+    env = make_env(config.env)
+    key, key_eval, key_actor, key_critic, key_value, key_env = random.split(key, 6)
+    env_state, obs = jax.vmap(env.reset)(random.split(key_env, config.num_envs))
+    actor_params = mlp_init(key_actor, (env.obs_dim, *config.hidden_sizes, 2 * env.action_dim))
+    critic_sizes = (env.obs_dim + env.action_dim, *config.hidden_sizes, 1)
+    critic_params = jax.vmap(lambda key: mlp_init(key, critic_sizes))(random.split(key_critic))
+    value_params = mlp_init(key_value, (env.obs_dim, *config.hidden_sizes, 1))
+    target_value = jax.tree.map(jnp.copy, value_params)  # a copy, since the state may be donated
+    params = Params(actor_params, critic_params, value_params, target_value)
+    opt_state = OptState(*(optimizer(config).init(x) for x in (actor_params, critic_params, value_params)))
+    capacity = num_iterations(config, config.buffer_size) * config.num_envs * config.num_steps
+    buffer = jnp.zeros((capacity, ravel_pytree(example(config))[0].size))
+    state = State(params, opt_state, buffer, env_state, obs, jnp.int32(0), key, key_eval)
+    length = num_iterations(config, config.learning_starts)
+    return lax.scan(lambda state, _: (collect(config, state, warm_up), None), state, length=length)[0]
 
 
 def epoch(config, state):
-    """`steps_per_epoch` environment steps with their updates, then a greedy evaluation: `(State, Metrics)`."""
-    iterations = config.steps_per_epoch // steps_per_iteration(config)
-    state, figures = lax.scan(lambda state, _: iteration(config, state), state, length=iterations)
-    key, key_eval = random.split(state.key)
-    returns, value_bias = evaluate(config, state.params, key_eval)
-    return state._replace(key=key), Metrics(state.step, returns, value_bias, *(x.mean() for x in figures))
+    """`steps_per_epoch` environment steps with their updates, then an evaluation: `(State, Metrics)`."""
+    length = num_iterations(config, config.steps_per_epoch)
+    state, losses = lax.scan(lambda state, _: iteration(config, state), state, length=length)
+    returns = evaluate(config, state.params, random.fold_in(state.key_eval, state.step))
+    return state, Metrics(state.step, returns, *(x.mean() for x in losses))
 
 
 def train(config, key):
-    """The whole run, a pure function: `(State, Metrics)`, every metric with a leading axis `[num_epochs]`."""
-    num_epochs = (config.total_steps - config.learning_starts) // config.steps_per_epoch
-    return lax.scan(lambda state, _: epoch(config, state), init(config, key), length=num_epochs)
+    """A whole run, a pure function: `(State, Metrics)`, metrics with a leading axis `[num_epochs]`."""
+    return lax.scan(lambda state, _: epoch(config, state), init(config, key), length=num_epochs(config))
 
 
 if __name__ == "__main__":
-    from common.run import main
+    from amortax.common.run import main
 
-    main(Config, init, epoch)
+    main(Config, init, epoch, num_epochs)

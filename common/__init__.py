@@ -1,1 +1,1 @@
-"""What surrounds an algorithm: command line, runner, recorder, plots, player. No algorithm needs it to train."""
+"""Everything around the algorithms: command line, runner, checkpoints, run files, plots, player."""
