@@ -1,34 +1,36 @@
-"""Command line of the demonstration of gradient estimators: prints its table, saves its estimates and a figure."""
+"""Command line of the gradient estimators: prints a table of their errors, saves the estimates and a figure."""
 
 import dataclasses
 import inspect
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import cli, plot, record
+from amortax.common import checks, cli, plot, record
 
 FORMULAS = {"product": "x²θ", "square": "x²", "exp": "exp(x)", "sin": "sin(x)", "step": "1[x > 0]"}
-COLORS = ("#0072B2", "#E69F00", "#009E73")  # told apart by the colour-blind
+COLORS = ("#0072B2", "#E69F00", "#009E73")  # color-blind safe
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Which random numbers, and where the results go."""
 
-    seed: int = 0  # of the random numbers, 0 or more
-    chapter_table: bool = False  # the random numbers of the published table: seed 0 of JAX's former generator
+    seed: Annotated[int, ">= 0"] = 0  # of the random numbers
+    chapter_table: bool = False  # use the random numbers of the published table: seed 0 of JAX's former generator
     out: Path = Path("results/runs")  # folder of all results
-    no_plot: bool = False  # draw no estimates.png
+    no_plot: bool = False  # do not draw estimates.png
 
 
 def main(config_class, train, true_derivative, summarize):
-    """Read flags, estimate, print; exit code 2 for a mistake. The same flags give the same files."""
+    """Read the flags, estimate, print; exit code 2 for a mistake. The same flags give the same files."""
     script = Path(inspect.getsourcefile(train))
     config, options = parse(config_class)
+    checks.check_config(config, train)
     if options.chapter_table:
         jax.config.update("jax_threefry_partitionable", False)
     estimates = jax.jit(train)(config, jax.random.key(options.seed))
@@ -43,44 +45,45 @@ def main(config_class, train, true_derivative, summarize):
             plot.save(violins(config, estimates, truth), folder / "estimates.png")
     except OSError as error:
         cli.fail(f"--out {options.out}: cannot write there: {error}")
+    print_table(config, estimates, truth, summarize)
+    print(f"\nresults: {folder}")
+
+
+def print_table(config, estimates, truth, summarize):
+    """Print mean, bias, variance and mean squared error of each estimator."""
     print(f"f = {config.function}, x ~ N(theta, 1), theta = {config.theta:g}: dE[f]/dtheta = {truth:.6f}")
     print(f"{config.num_trials:,} estimates, each from {config.batch_size:,} samples\n")
     print(f"{'':17}{'mean':>11}{'bias':>11}{'variance':>11}{'MSE':>11}")
     for name, values in zip(estimates._fields, estimates, strict=True):
         print(f"{name.replace('_', ' '):17}" + "".join(f"{x:>11.6f}" for x in summarize(values, truth)))
-    print(f"\nresults: {folder}")
 
 
 def parse(config_class):
-    """Read `(Config, Options)` from the command line and check each value by itself."""
+    """Read `(Config, Options)` from the command line."""
 
     def read(estimate: config_class, run: Options):
         return estimate, run
 
-    summary = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n")[0]
-    config, options = cli.parse(read, prog=Path(sys.argv[0]).name, description=summary)
-    for name, value in vars(config).items():
-        cli.check_value(name, value)
+    cli.show_rules(config_class, rule_of_ints=">= 1")
+    cli.show_rules(Options)
+    config, options = cli.parse(read, prog=Path(sys.argv[0]).name, description=cli.summary(config_class))
     if config.num_trials < 2:
-        cli.fail(f"--num-trials {config.num_trials}: must be 2 or more, or there is no variance")
-    if not 0 <= options.seed <= cli.INT_MAX:
-        cli.fail(f"--seed {options.seed}: must be from 0 to {cli.INT_MAX}")
+        cli.fail(f"--num-trials {config.num_trials}: must be 2 or more: one trial has no variance")
+    cli.check_range("seed", options.seed, 0, cli.INT_MAX)
     if options.chapter_table and (config, options.seed) != (config_class(), 0):
-        cli.fail(
-            "--chapter-table: goes with the defaults of --theta, --batch-size, --num-trials, --function and --seed"
-        )
+        cli.fail("--chapter-table: needs the defaults of --theta, --batch-size, --num-trials, --function and --seed")
     return config, options
 
 
 def folder_name(config, options):
-    """A folder of its own for each set of flags, so that nothing is overwritten by anything else."""
+    """A folder name for each set of flags, so that different runs never overwrite each other."""
     if options.chapter_table:
         return "chapter-table"
     return f"theta={config.theta}-batch={config.batch_size}-trials={config.num_trials}-seed={options.seed}"
 
 
 def write_estimates(path, estimates):
-    """Write a column for each estimator, a row for each trial."""
+    """Write a column per estimator and a row per trial."""
     rows = np.stack(estimates, axis=1).tolist()
     record.write_rows(path, [dict(zip(estimates._fields, row, strict=True)) for row in rows])
 

@@ -1,8 +1,8 @@
-"""Linear-quadratic regulation: environments whose best policies are known in closed form, to hold algorithms to.
+"""Linear-quadratic regulation: environments whose optimal policies are known in closed form, to validate algorithms.
 
-The state follows s' = A s + B a + w with w ~ N(0, W), and a step's reward is -(s^T Q s + a^T R a). Importing this
+The state follows s' = A s + B a + w with w ~ N(0, W), and the reward of a step is -(s^T Q s + a^T R a). Importing this
 module registers `LQR1-v0`, `LQR-v0` and `LQR4-v0` with gymnax, of 1, 2 and 4 state dimensions; `LQR` takes a system of
-any.
+any dimension.
 
 Sources: Bertsekas, "Dynamic Programming and Optimal Control", volume II, section 4.2 (discounted linear-quadratic
 problems); Levine, "Reinforcement Learning and Control as Probabilistic Inference" (arXiv 1805.00909, 2018), section 2.3
@@ -20,12 +20,12 @@ from gymnax.environments import environment, spaces
 from jax import lax, random
 
 ENVS = {"LQR1-v0": 1, "LQR-v0": 2, "LQR4-v0": 4}  # dimensions of the state
-ACTION_BOUND = 2.5  # several times what the best policies ask for, so that it does not shape them
+ACTION_BOUND = 2.5  # several times the actions of the optimal policies, so that it does not affect them
 
 
 @struct.dataclass(kw_only=True)
 class EnvState(environment.EnvState):
-    """A point of the state space."""
+    """A state of the system and the time."""
 
     position: jax.Array  # [n]
     time: int
@@ -66,13 +66,13 @@ def start(params, key):
 
 
 def advance(params, s, a, key):
-    """One step from `s [n]` with `a [m]`: `(next s, cost)`, the cost being that of the step's beginning."""
+    """One step from `s [n]` with `a [m]`: `(next s, cost)`, the cost being that of `s` and `a`."""
     cost = s @ params.Q @ s + a @ params.R @ a
     return params.A @ s + params.B @ a + params.noise @ random.normal(key, s.shape), cost
 
 
 class LQR(environment.Environment[EnvState, EnvParams]):
-    """A linear-quadratic system that starts in [-1, 1]^n, is fully observed, and cut at a time limit."""
+    """A fully observed linear-quadratic system that starts in [-1, 1]^n and is truncated at a time limit."""
 
     _supports_transition_gradients = True
 
@@ -82,7 +82,7 @@ class LQR(environment.Environment[EnvState, EnvParams]):
 
     @property
     def default_params(self):
-        """The system that the environment was made with."""
+        """The system of this environment."""
         return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, self.params)
 
     def reset_env(self, key, params):
@@ -91,13 +91,13 @@ class LQR(environment.Environment[EnvState, EnvParams]):
         return position, EnvState(position=position, time=0)
 
     def step_env(self, key, state, action, params):
-        """Reward for where the system is and what is done to it, then one step of the dynamics."""
+        """Reward of the current state and action, then one step of the dynamics."""
         s, cost = advance(params, state.position, jnp.clip(action, -ACTION_BOUND, ACTION_BOUND), key)
         s, state = self._apply_transition_gradient_policy(s, EnvState(position=s, time=state.time + 1))
         return s, state, -cost, jnp.array(False), {}
 
     def action_space(self, params):
-        """A box wide enough never to bind the best policy."""
+        """A box wide enough never to clip the optimal policy."""
         return spaces.Box(-ACTION_BOUND, ACTION_BOUND, params.B.shape[1:])
 
     def observation_space(self, params):
@@ -111,20 +111,20 @@ for env_id, dims in ENVS.items():
 
 
 class Solution(NamedTuple):
-    """The best value of a state is `-(s^T P s) + offset`; the best policy is a = -K s, or N(-K s, covariance)."""
+    """The optimal value of a state is `-(s^T P s) + offset`; the optimal policy is a = -K s, or N(-K s, covariance)."""
 
     P: np.ndarray  # [n, n]
     K: np.ndarray  # [m, n]
-    covariance: np.ndarray  # [m, m], zero where entropy is worth nothing
+    covariance: np.ndarray  # [m, m], zero without entropy
     offset: float
 
 
 def solve(params, gamma, alpha=0.0):
-    """The best policy of all for discount `gamma`, entropy being worth `alpha >= 0` a nat; in float64.
+    """The optimal policy for discount `gamma` and entropy temperature `alpha >= 0`, in float64.
 
     With M = R + gamma B^T P B, the gain is K = gamma M^-1 B^T P A and P the fixed point of the discounted Riccati map
     P <- Q + gamma A^T P (A - B K); the soft-optimal policy is Gaussian, its covariance (alpha / 2) M^-1. RuntimeError
-    where the map does not converge: the system cannot be stabilised.
+    if the map does not converge: the system cannot be stabilized.
     """
     A, B, Q, R, noise = (np.asarray(x, np.float64) for x in (params.A, params.B, params.Q, params.R, params.noise))
     P = Q
@@ -144,9 +144,9 @@ def solve(params, gamma, alpha=0.0):
 
 
 def simulate(params, policy, gamma, key, num_episodes=512, num_steps=300):
-    """Discounted costs `[num_episodes]` of `policy(s [n]) -> a [m]`, without the box, from the environment's starts.
+    """Discounted costs `[num_episodes]` of `policy(s [n]) -> a [m]`, actions unbounded, from initial states of `LQR`.
 
-    The same key gives the same starts and noise, whatever the policy. What comes after `num_steps` is left out.
+    The same key gives the same initial states and noise for every policy. Costs after `num_steps` are omitted.
     """
 
     def step(carry, key):

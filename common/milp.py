@@ -1,7 +1,7 @@
-"""Exact maximisers over actions, by mixed-integer programming with HiGHS: the judge of all others.
+"""Exact maximizers over actions, by mixed-integer programming with HiGHS: the reference for all other maximizers.
 
-`relu_network` maximises a ReLU network over a box; `linear` a linear function of whole numbers under linear
-constraints. Both run on the host, one problem at a time; `maximize` brings the first into a compiled program.
+`relu_network` maximizes a ReLU network over a box; `linear` a linear function of integers under linear constraints.
+Both run on the host, one problem at a time; `maximize` calls the first from a compiled program.
 
 Source: Tjeng, Xiao, Tedrake, "Evaluating Robustness of Neural Networks with Mixed Integer Programming" (ICLR 2019),
 section 4.1 and equation 6; Ryu et al., "CAQL: Continuous Action Q-Learning" (ICLR 2020), section 3.1, for its use here.
@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from scipy import optimize, sparse
 
-TIME_LIMIT = 60.0  # seconds for a problem, unless told
-TOLERANCE = 1e-6  # relative difference between a solution and its bound that counts as none
+TIME_LIMIT = 60.0  # seconds for a problem, by default
+TOLERANCE = 1e-6  # relative gap between a solution and its bound that counts as zero
+failures = []  # exceptions of `maximize` on the host
 
 
 class Solution(NamedTuple):
-    """A maximiser, its value, and the proof: no value exceeds `bound`."""
+    """A maximizer, its value, and the proof: no value exceeds `bound`."""
 
     action: np.ndarray  # [action_dim]
     value: float
@@ -26,14 +27,14 @@ class Solution(NamedTuple):
 
     @property
     def gap(self):
-        """How much more than `value` there could be."""
+        """By how much the maximum can exceed `value`."""
         return max(0.0, self.bound - self.value)
 
 
 def solve(objective, integrality, low, high, matrix, lower, upper, time_limit):
-    """Maximise `objective @ x` over `low <= x <= high`, `lower <= matrix @ x <= upper`: `(x, bound)`.
+    """Maximize `objective @ x` over `low <= x <= high`, `lower <= matrix @ x <= upper`: `(x, bound)`.
 
-    TimeoutError where the time limit comes before the proof; ValueError where nothing satisfies the constraints.
+    TimeoutError if the time limit is reached before the proof; ValueError if the constraints cannot be satisfied.
     """
     result = optimize.milp(
         -np.asarray(objective),
@@ -48,15 +49,15 @@ def solve(objective, integrality, low, high, matrix, lower, upper, time_limit):
     if result.x is None:
         raise ValueError(f"no maximum: {result.message}")
     bound = result.mip_dual_bound
-    return result.x, -(result.fun if bound is None else bound)  # no integers, no bound: a linear program is exact
+    return result.x, -(result.fun if bound is None else bound)  # exact, without a bound, if nothing is an integer
 
 
 def relu_network(layers, obs, low=-1.0, high=1.0, time_limit=TIME_LIMIT):
-    """Maximise a network over actions between `low` and `high` for one `obs [obs_dim]`: `Solution`.
+    """Maximize a network over actions between `low` and `high` for one `obs [obs_dim]`: `Solution`.
 
     `layers` are `[(weights [n, m], biases [m]), ...]` on `concatenate([obs, action])`, with ReLU between them and one
-    output. A unit whose sign no action changes is linear; each other one takes a binary variable, its constants being
-    the bounds that interval arithmetic gives. TimeoutError where the time limit comes before the proof.
+    output. A unit whose sign is the same for all actions is linear; each other unit takes a binary variable and bounds
+    from interval arithmetic. TimeoutError if the time limit is reached before the proof.
     """
     layers = [(np.asarray(w, np.float64), np.asarray(b, np.float64)) for w, b in layers]
     obs = np.asarray(obs, np.float64)
@@ -120,10 +121,10 @@ def forward(layers, x):
 
 
 def linear(weights, matrix, upper, low=0, high=1, time_limit=TIME_LIMIT):
-    """Maximise `weights @ a` over whole `a [n]` from `low` to `high` with `matrix @ a <= upper`: `Solution`.
+    """Maximize `weights @ a` over integers `a [n]` from `low` to `high` with `matrix @ a <= upper`: `Solution`.
 
-    For a Q-function that is linear in a large vector of choices. TimeoutError where the time limit comes before the
-    proof; ValueError where no choice satisfies the constraints.
+    For a Q-function that is linear in a large vector of choices. TimeoutError if the time limit is reached before the
+    proof; ValueError if the constraints cannot be satisfied.
     """
     weights, matrix = np.asarray(weights, np.float64), np.atleast_2d(matrix)
     n = len(weights)
@@ -134,11 +135,18 @@ def linear(weights, matrix, upper, low=0, high=1, time_limit=TIME_LIMIT):
 
 
 def maximize(config, critic_params, obs, key):
-    """A maximiser for `algorithms/fqi.py`: action `[action_dim]` for one `obs [obs_dim]`, by a call of the host."""
+    """A maximizer for `algorithms/fqi.py`: action `[action_dim]` for one `obs [obs_dim]`, computed on the host.
+
+    An exception there reaches the caller of the program as an error of the runtime, and is appended to `failures`.
+    """
     action_dim = critic_params[0][0].shape[0] - obs.shape[0]
 
     def call(layers, obs):
-        return relu_network(layers, obs, time_limit=TIME_LIMIT).action.astype(np.float32)
+        try:
+            return relu_network(layers, obs, time_limit=TIME_LIMIT).action.astype(np.float32)
+        except Exception as error:
+            failures.append(error)
+            raise
 
     shape = jax.ShapeDtypeStruct((action_dim,), np.float32)
     return jax.pure_callback(call, shape, critic_params, obs, vmap_method="sequential")

@@ -1,52 +1,44 @@
 """Play a saved policy: its return over whole episodes, in gymnax or in Gymnasium, and a film of one of them.
 
-    python -m common.play results/runs/td3/Pendulum-v1/default/seed_0 --gif pendulum.gif
+    python -m amortax.common.play results/runs/td3/Pendulum-v1/default/seed_0 --gif pendulum.gif
 
-Of an algorithm's module it needs `Config` and `act` only. Episode `i` of `--seed s` is the same whatever `--episodes`
-is, and the film shows episode 0.
+It uses `Config`, `init` and `act` of an algorithm's module. Episode `i` of `--seed s` does not depend on `--episodes`,
+and the film shows episode 0.
 """
 
 import contextlib
 import dataclasses
 import functools
-import io
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import gymnasium
 import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import lax, random
-from PIL import Image
 
-from common import cli, record
+from amortax.common import cli, envs, film, policy, record
 
-FRAME_MS = 50  # a frame for each step; Pendulum-v1 then moves in real time
-EPISODES_AT_ONCE = 1024  # gymnax episodes side by side: it bounds the memory
-
-# what Gymnasium draws from, as gymnax names it
-GYMNASIUM_STATE = {"Pendulum-v1": ("theta", "theta_dot"), "MountainCarContinuous-v0": ("position", "velocity")}
+EPISODES_AT_ONCE = 1024  # gymnax episodes in parallel: it bounds the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Play:
-    """Play a saved policy, greedily: print the mean of its undiscounted returns, and film an episode."""
+    """Play a saved policy greedily: print the mean of its undiscounted returns, and film an episode."""
 
-    # folder of a seed (.../seed_0), or of a run that has one seed only
+    # folder of a seed (.../seed_0), or of a group with a single seed
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    episodes: int = 100  # whole episodes to play, 1 or more
-    seed: int = 0  # of the episodes, 0 or more; Gymnasium gets seed + i for episode i
-    backend: Literal["gymnax", "gymnasium"] = "gymnax"  # whose version of the environment to play in
+    episodes: Annotated[int, ">= 1"] = 100  # whole episodes to play
+    seed: Annotated[int, ">= 0"] = 0  # of the episodes; Gymnasium gets seed + i for episode i
+    backend: Literal["gymnax", "gymnasium"] = "gymnax"  # whose implementation of the environment to use
     gif: Path | None = None  # film the first episode into this file, which ends in .gif
 
 
 class Episode(NamedTuple):
-    """A gymnax episode under way."""
+    """A gymnax episode in progress."""
 
     key: jax.Array  # [] random key
     obs: jax.Array  # [...]
@@ -56,24 +48,24 @@ class Episode(NamedTuple):
 
 
 def main():
-    """Command line: `python -m common.play RUN`."""
-    play = cli.parse(Play, prog="python -m common.play")
-    cli.check_value("episodes", play.episodes)
-    if not 0 <= play.seed <= cli.INT_MAX:
-        cli.fail(f"--seed {play.seed}: must be from 0 to {cli.INT_MAX}")
+    """Command line: `python -m amortax.common.play RUN`."""
+    cli.show_rules(Play)
+    play = cli.parse(Play, prog="python -m amortax.common.play")
+    cli.check_range("episodes", play.episodes, 1, cli.INT_MAX)
+    cli.check_range("seed", play.seed, 0, cli.INT_MAX)
     if play.gif and (play.gif.suffix.lower() != ".gif" or play.gif.is_dir()):
         cli.fail(f"--gif {play.gif}: must be a file that ends in .gif")
-    module, config, params = record.load_policy(find_seed(play.run))
+    module, config, params = policy.load(find_seed(play.run))
     if play.backend == "gymnax":
         returns = gymnax_returns(module.act, config, params, play.seed, jnp.arange(play.episodes))
     else:
         returns = gymnasium_returns(module.act, config, params, play.seed, play.episodes)
     print(f"{config.env} ({play.backend}), {summarize(np.asarray(returns, np.float64))}", flush=True)
     if play.gif:
-        film = gymnax_film if play.backend == "gymnax" else gymnasium_film
-        total, frames = film(module.act, config, params, play.seed)
+        make_film = gymnax_film if play.backend == "gymnax" else gymnasium_film
+        total, frames = make_film(module.act, config, params, play.seed)
         try:
-            record.write_atomic(play.gif, encode_gif(frames))
+            record.write_atomic(play.gif, film.encode_gif(frames))
         except OSError as error:
             cli.fail(f"--gif {play.gif}: cannot write there: {error}")
         print(f"{play.gif}: {len(frames)} steps, return {total:.{decimals(abs(total))}f}")
@@ -99,7 +91,7 @@ def summarize(returns):
 
 
 def decimals(scale):
-    """How many decimals show two digits of `scale >= 0`: from 1 to 6."""
+    """How many decimals, from 1 to 6, show two digits of `scale >= 0`."""
     return min(6, max(1, 1 - math.floor(math.log10(scale)))) if 0 < scale < math.inf else 1
 
 
@@ -147,92 +139,26 @@ def gymnax_film(act, config, params, seed):
     """Episode 0 as `(return, frames)`."""
     *shown, last = gymnax_episode(act, config, params, seed)
     env, env_params = gymnax.make(config.env)
-    if config.env in GYMNASIUM_STATE:
-        frames = draw_as_gymnasium(config.env, [episode.env_state for episode in shown])
+    if config.env in film.GYMNASIUM_STATE:
+        frames = film.draw_as_gymnasium(config.env, [episode.env_state for episode in shown])
     elif hasattr(env, "render"):
-        frames = [draw_itself(env, env_params, episode.env_state) for episode in shown]
+        frames = [film.draw_itself(env, env_params, episode.env_state) for episode in shown]
     else:
         rewards = np.diff([episode.total for episode in (*shown, last)])
-        frames = draw_observations(config.env, np.stack([episode.obs for episode in shown]), rewards)
+        frames = film.draw_observations(config.env, np.stack([episode.obs for episode in shown]), rewards)
     return float(last.total), frames
-
-
-def draw_as_gymnasium(name, env_states):
-    """Frames of gymnax states, drawn by Gymnasium's environment of the same name."""
-    env = make_gymnasium(name, "rgb_array")
-    env.reset()
-    frames = []
-    for env_state in env_states:
-        env.unwrapped.state = np.array([getattr(env_state, field) for field in GYMNASIUM_STATE[name]], float)
-        env.unwrapped.last_u = getattr(env_state, "last_u", None)  # the torque, which Pendulum-v1 draws as an arrow
-        frames.append(to_frame(env.render()))
-    env.close()
-    return frames
-
-
-def draw_itself(env, env_params, env_state):
-    """Frame by the environment's own `render(state, env_params) -> (figure, axes)`, as PointRobot-misc has it."""
-    import matplotlib.pyplot as plt
-
-    plt.switch_backend("agg")  # there may be no screen
-    figure, _ = env.render(env_state, env_params)
-    figure.canvas.draw()
-    frame = to_frame(np.array(figure.canvas.buffer_rgba())[..., :3])
-    plt.close(figure)
-    return frame
-
-
-def draw_observations(name, obs, rewards):
-    """Frames of an environment without a drawing: curves of `obs [n, ...]` and `rewards [n]`, a cursor moving on."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    lines = upper.plot(obs.reshape(len(obs), -1))[:12]  # more would not fit into the legend
-    upper.legend(lines, range(len(lines)), fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    upper.set(title=name, ylabel="observation")
-    lower.plot(rewards, color="black")
-    lower.set(xlabel="step", ylabel="reward")
-    canvas.draw()
-    page = np.array(canvas.buffer_rgba())[..., :3]
-    frames = []
-    for i in range(len(obs)):  # the page is drawn once: only the cursor differs between frames
-        frame, x = page.copy(), round(float(lower.transData.transform((i, 0))[0]))
-        frame[:, x : x + 2] = (214, 39, 40)
-        frames.append(to_frame(frame))
-    return frames
 
 
 # Gymnasium
 
 
-def make_gymnasium(name, render_mode=None):
-    """Gymnasium's environment of the same name; fails where there is none or where it is another one."""
-    if name not in gymnasium.registry:
-        known = [x for x in gymnax.registered_envs if x in gymnasium.registry and cli.has_box_actions(x)]
-        cli.fail(f"--backend gymnasium: it has no {name}; environments in both: {', '.join(known)}")
-    # pygame draws: without a window, a sound device or a greeting on stdout
-    for variable in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER", "PYGAME_HIDE_SUPPORT_PROMPT"):
-        os.environ.setdefault(variable, "dummy")
-    env = gymnasium.make(name, render_mode=render_mode, disable_env_checker=True)
-    other, other_params = gymnax.make(name)
-    for kind in ("observation_space", "action_space"):
-        ours, theirs = getattr(other, kind)(other_params).shape, getattr(env, kind).shape
-        if ours != theirs:
-            what = kind.replace("_space", "s")
-            cli.fail(f"--backend gymnasium: {name} has {what} of shape {theirs} there, {ours} in gymnax")
-    return env
-
-
 def gymnasium_episode(env, act, seed):
-    """Play an episode: `(return, frames)`; no frames where `env` does not render."""
+    """Play an episode: `(return, frames)`, without frames where `env` does not render."""
     obs, _ = env.reset(seed=seed)
     total, ended, frames = 0.0, False, []
     while not ended:
         if env.render_mode:
-            frames.append(to_frame(env.render()))
+            frames.append(film.to_frame(env.render()))
         obs, reward, terminated, truncated, _ = env.step(np.asarray(act(obs)))
         total, ended = total + float(reward), terminated or truncated
     return total, frames
@@ -247,33 +173,17 @@ def compile_act(act, config, params):
 
 def gymnasium_returns(act, config, params, seed, episodes):
     """Undiscounted returns `[episodes]`."""
-    env, greedy = make_gymnasium(config.env), compile_act(act, config, params)
+    env, greedy = envs.make_gymnasium(config.env), compile_act(act, config, params)
     return [gymnasium_episode(env, greedy, seed + i)[0] for i in range(episodes)]
 
 
 def gymnasium_film(act, config, params, seed):
     """Episode 0 as `(return, frames)`."""
-    return gymnasium_episode(make_gymnasium(config.env, "rgb_array"), compile_act(act, config, params), seed)
-
-
-# GIF
-
-
-def to_frame(pixels):
-    """Bytes `[height, width, 3]` as an image of 32 colours: a third of the memory of all the frames."""
-    # by octree: Pillow's default, median cut, takes six times as long
-    return Image.fromarray(pixels).quantize(32, method=Image.Quantize.FASTOCTREE)
-
-
-def encode_gif(frames):
-    """The bytes of an endless GIF; frames that repeat are merged into a longer one."""
-    data = io.BytesIO()
-    frames[0].save(data, format="GIF", save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
-    return data.getvalue()
+    return gymnasium_episode(envs.make_gymnasium(config.env, "rgb_array"), compile_act(act, config, params), seed)
 
 
 if __name__ == "__main__":
-    from common.devices import set_up_backend
+    from amortax.common.devices import set_up_backend
 
     set_up_backend()
     main()

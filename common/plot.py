@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from common import record
+from amortax.common import record
 
-COLOURS = {  # of each algorithm, everywhere; told apart by the colour-blind (Okabe and Ito's, and Tol's)
+COLORS = {  # one per algorithm, in all figures; color-blind safe (Okabe and Ito, and Tol)
     "ddpg": "#0072B2",
     "td3": "#D55E00",
     "sac_value": "#009E73",
@@ -36,8 +36,15 @@ def interval(values):
     return result.confidence_interval
 
 
+def summary(values):
+    """The IQM of `values [num_seeds]`, its interval and the worst seed, as text."""
+    low, high = interval(values)
+    spread = f"95 % interval {low:.1f} to {high:.1f}, worst {values.min():.1f}"
+    return f"{iqm(values):.1f} (interquartile mean of {len(values)} seeds, {spread})"
+
+
 def read_group(group):
-    """`(seeds, progress [num_epochs], returns [num_seeds, num_epochs], finite)` of the seeds that got equally far."""
+    """`(seeds, progress [num_epochs], returns [num_seeds, num_epochs], finite)` of the seeds with the most epochs."""
     folders = [path.parent for path in Path(group).glob("seed_*/metrics.csv")]
     seeds = sorted(int(folder.name.removeprefix("seed_")) for folder in folders)
     runs = {seed: record.read_metrics(record.seed_folder(group, seed)) for seed in seeds}
@@ -49,7 +56,7 @@ def read_group(group):
 
 
 def draw(group):
-    """Write `curve.png` of the run in `group`."""
+    """Write `curve.png` of a group."""
     save(curve(Path(group)), Path(group) / "curve.png")
 
 
@@ -61,12 +68,12 @@ def save(figure, path):
 
 
 def curve(group):
-    """The figure of the run in `group`; its title counts the seeds that diverged, its mean is that of the others."""
+    """The learning curves of a group; the title counts the seeds that diverged, the mean is that of the others."""
     seeds, progress, returns, finite = read_group(group)
     algorithm, env = group.parts[-3:-1]
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")  # not pyplot's: it needs no display
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")  # needs no display, unlike one of pyplot
     axes = figure.subplots()
-    color = COLOURS.get(algorithm, "tab:blue")  # blue for an algorithm of yours
+    color = COLORS.get(algorithm, "tab:blue")  # blue for one's own algorithm
     axes.plot(progress, returns.T, color=color, linewidth=0.7, alpha=0.35 if len(seeds) > 1 else 0)
     if finite.any():
         low, high = interval(returns[finite])
@@ -78,8 +85,8 @@ def curve(group):
         axes.legend(loc="lower right")
     diverged = f" ({(~finite).sum()} of {len(seeds)} seeds diverged)" if not finite.all() else ""
     axes.set_title(f"{algorithm} on {env}{diverged}")
-    counted = "iteration" in record.read_metrics(record.seed_folder(group, seeds[0]))
-    axes.set_xlabel("iterations" if counted else "environment steps")
+    unit = record.unit(record.read_metrics(record.seed_folder(group, seeds[0])))
+    axes.set_xlabel("environment steps" if unit == "steps" else unit)
     axes.set_ylabel("greedy return (sum of rewards per episode)")
     axes.grid(alpha=0.3)
     return figure

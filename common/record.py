@@ -1,40 +1,51 @@
-"""What a run leaves behind, and how it is read again.
+"""The files of a run: their layout, writing and reading.
 
     <out>/<algorithm>/<env>/<name>/seed_<s>/config.json    what was run: algorithm, seed, hyperparameters, versions
     <out>/<algorithm>/<env>/<name>/seed_<s>/metrics.csv    a row for each epoch
     <out>/<algorithm>/<env>/<name>/seed_<s>/policy.npz     every learned array, named by its place in `State.params`
     <out>/<algorithm>/<env>/<name>/curve.png               all seeds of the folder
 
-    A sweep leaves such a folder for each of its cells, and its own beside them: see `common/sweep.py`.
+    A sweep writes such a folder for each of its cells, and one of its own beside them: see `common/sweep.py`.
 
-Every file is replaced in one step, so a reader finds it whole or absent.
+Every file is replaced atomically: a reader finds it complete or absent.
 """
 
 import contextlib
 import csv
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from common import milp
-from common.cli import fail, register_env
+from amortax.common.cli import fail
+
+
+class Run(NamedTuple):
+    """One seed of one configuration, and the folder of its group: all seeds of the configuration."""
+
+    config: object
+    seed: int
+    group: Path
+
+    @property
+    def folder(self):
+        """The folder of the run."""
+        return seed_folder(self.group, self.seed)
 
 
 def group_folder(out, algorithm, env, name):
-    """The folder that the seeds of one run share."""
+    """The folder that the seeds of one configuration share."""
     return Path(out) / algorithm / env.replace(":", ".") / name
 
 
@@ -44,7 +55,7 @@ def seed_folder(group, seed):
 
 
 def write_atomic(path, data):
-    """Write bytes to `path` so that, whatever happens, it holds all of them or what it held before."""
+    """Write bytes to `path`; whatever happens, it holds all of them or its former content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -61,7 +72,7 @@ def write_atomic(path, data):
 
 
 def remove_leftovers(folder):
-    """Delete what a process left that was killed while it wrote files or removed checkpoints."""
+    """Delete temporary files of a process that was killed while it wrote files or removed checkpoints."""
     for name in ("config.json", "metrics.csv", "policy.npz", "curve.png", "sweep.csv", "sweep.png"):
         for path in Path(folder).glob(f".{name}.*"):
             path.unlink(missing_ok=True)
@@ -70,7 +81,7 @@ def remove_leftovers(folder):
 
 
 def describe(script, config, seed):
-    """What `config.json` holds: all that decides the numbers of one seed, and nothing else."""
+    """The content of `config.json`: everything that determines the numbers of one seed, and nothing else."""
     packages = ("jax", "jaxlib", "optax", "gymnax", "numpy")
     description = {
         "algorithm": Path(script).stem,
@@ -83,7 +94,7 @@ def describe(script, config, seed):
     }
     if getattr(config, "base_points", ""):
         description["base_points_sha256"] = sha256(config.base_points)
-    return json.loads(json.dumps(description))  # tuples become the lists that a reader gets
+    return json.loads(json.dumps(description))  # tuples become lists, as in what is read
 
 
 def sha256(path):
@@ -92,9 +103,9 @@ def sha256(path):
 
 
 def differences(old, new, prefix=""):
-    """Lines `field: old -> new` for all that two descriptions do not share."""
+    """Lines `field: old -> new` for everything in which two descriptions differ."""
     lines = []
-    for name in sorted((set(old) | set(new)) - {"source"}):  # the same code elsewhere is the same run
+    for name in sorted((set(old) | set(new)) - {"source"}):  # the same code in another place is the same run
         a, b = old.get(name, "absent"), new.get(name, "absent")
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{name}.")
@@ -142,17 +153,17 @@ def read_metrics(folder):
 
 
 def read_rows(folder, num):
-    """The first `num` rows of `metrics.csv`, to be written again as they are."""
+    """The first `num` rows of `metrics.csv`, as text, so that they can be written again unchanged."""
     if not num:
         return []
-    try:
-        with open(Path(folder) / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))[:num]
-    except OSError as error:
-        fail(f"--resume: {folder}: {error}")
-    if len(rows) < num:
-        fail(f"--resume: {folder}/metrics.csv has {len(rows)} rows, its checkpoint was written after {num}")
-    return rows
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))[:num]
+
+
+def num_rows(folder):
+    """The number of rows of `metrics.csv`; 0 without one."""
+    path = Path(folder) / "metrics.csv"
+    return len(path.read_text().splitlines()) - 1 if path.exists() else 0
 
 
 def progress(columns):
@@ -160,72 +171,22 @@ def progress(columns):
     return columns["iteration"] if "iteration" in columns else columns["step"]
 
 
-def array_names(params):
-    """A name such as `actor/0/1` for each leaf of `params`, in order."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+def amount(row):
+    """How far a row of `metrics.csv`, or its columns at one epoch, has come: "5,000 steps" or "20 iterations"."""
+    return f"{int(float(progress(row))):,} {unit(row)}"
 
 
-def write_policy(folder, params):
-    """Write `policy.npz`."""
-    write_arrays(Path(folder) / "policy.npz", dict(zip(array_names(params), jax.tree.leaves(params), strict=True)))
+def unit(columns):
+    """The unit of `progress`."""
+    return "iterations" if "iteration" in columns else "steps"
 
 
 def write_arrays(path, arrays):
     """Write named arrays as an .npz file; the same arrays give the same bytes."""
     data = io.BytesIO()
-    # np.savez would stamp the members with the time of writing
+    # np.savez would store the time of writing
     with zipfile.ZipFile(data, "w") as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(name + ".npy"), "w") as member:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
     write_atomic(path, data.getvalue())
-
-
-def load_policy(folder):
-    """Return `(module, config, params)` of a saved run: the algorithm's module, its Config and its State.params."""
-    folder = Path(folder)
-    description = read_config(folder)
-    try:
-        module = load_algorithm(description["algorithm"], description["source"])
-        if sha256(module.__file__) != description["source_sha256"]:
-            print(f"note: {module.__file__} has changed since this run", file=sys.stderr)
-        register_env(description["config"]["env"])
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
-        config = module.Config(**values)
-        shapes = jax.eval_shape(module.init, config, jax.random.key(0)).params
-    except Exception as error:  # a description or a source that somebody edited can be wrong in any way
-        fail(f"{folder / 'config.json'}: describes no run that can be rebuilt: {type(error).__name__}: {error}")
-    names, leaves = array_names(shapes), jax.tree.leaves(shapes)
-    path = folder / "policy.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except FileNotFoundError:
-        fail(f"{path}: no policy saved yet")
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-        fail(f"{path}: truncated or not a policy: {error}")
-    if sorted(arrays) != sorted(names):
-        fail(f"{path}: not a policy of {description['algorithm']}: it must hold the arrays {', '.join(names)}")
-    for name, leaf in zip(names, leaves, strict=True):
-        if arrays[name].shape != leaf.shape or arrays[name].dtype != leaf.dtype:
-            found = f"{arrays[name].dtype}{list(arrays[name].shape)}"
-            fail(f"{path}: {name} is {found}, config.json asks for {leaf.dtype}{list(leaf.shape)}")
-        if not np.isfinite(arrays[name]).all():
-            fail(f"{path}: {name} is not finite: this seed diverged")
-    return module, config, jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in names])
-
-
-def load_algorithm(name, source):
-    """Import the file that a run was made with, or, where it is gone, the algorithm of that name shipped here."""
-    shipped = Path(__file__).parent.parent / "algorithms" / f"{name}.py"
-    path = next((p for p in (Path(source), shipped) if p.is_file()), None)
-    if path is None:
-        fail(f"{source}: the file that this run was made with is gone")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    if hasattr(module, "MAXIMIZERS"):
-        module.MAXIMIZERS["milp"] = milp.maximize
-    return module

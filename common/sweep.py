@@ -1,6 +1,6 @@
 """Sweeps: a grid of hyperparameters trained by one compiled program, its table and its heat map.
 
-Each cell of the grid is a run folder of its own, named after its values; beside them stands `<name>-sweep/`:
+Each cell of the grid is a group with a folder of its own, named after its values; beside them is `<name>-sweep/`:
 
     config.json  what was swept: algorithm, source, versions, first and last seed, the grid
     sweep.csv    a row for each cell: interquartile mean of the final greedy returns, 95 % interval, worst, diverged
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import cli, plot
+from amortax.common import cli, plot, record
 
 
 class Cell(NamedTuple):
@@ -35,24 +35,20 @@ def parse(config, words):
         if not equals:
             cli.fail(f"--sweep {word}: must be FIELD=VALUE,VALUE,...")
         if name not in leaves and name in [field.name for field in dataclasses.fields(config)]:
-            cli.fail(
-                f"--sweep {word}: {name} shapes the compiled program; start a separate run for each value, "
-                f"with --name to tell them apart"
-            )
+            each = "start a separate run for each value, with its own --name"
+            cli.fail(f"--sweep {word}: {name} shapes the compiled program; {each}")
         if name not in leaves:
             cli.fail(f"--sweep {word}: no field {name}; these can be swept: {', '.join(leaves)}")
         if name in grid:
             cli.fail(f"--sweep {word}: {name} is swept twice")
         grid[name] = [parse_value(word, value, type(getattr(config, name))) for value in values.split(",")]
-        for value in grid[name]:
-            cli.check_value(name, value)
         if len(set(grid[name])) < len(grid[name]):
-            cli.fail(f"--sweep {word}: a value stands twice")
+            cli.fail(f"--sweep {word}: a value is repeated")
     return grid
 
 
 def parse_value(word, text, kind):
-    """The number of type `kind` that `text` stands for."""
+    """`text` as a number of type `kind`."""
     try:
         return kind(text)
     except ValueError:
@@ -69,22 +65,27 @@ def cells(config, grid):
     ]
 
 
+def one_by_one(config, grid):
+    """`config` with each swept value in turn, to be checked."""
+    return [dataclasses.replace(config, **{name: value}) for name, values in grid.items() for value in values]
+
+
 def describe(description, grid, seeds):
-    """What a sweep's `config.json` holds, from that of its first run, `description`; `seeds` are the first and last."""
+    """The content of a sweep's `config.json`: from that of its first run, and its first and last seed."""
     fixed = {name: value for name, value in description["config"].items() if name not in grid}
     return description | {"seed": seeds, "config": fixed, "sweep": grid}
 
 
-def table(grid, finals, diverged):
-    """A dict for each cell, from the final returns `[num_finite_seeds]` and the number of diverged seeds of each."""
+def table(grid, returns, finite):
+    """A dict for each cell, from the final returns `[num_cells, num_seeds]` and whether each seed is finite."""
     rows = []
-    for values, returns, lost in zip(itertools.product(*grid.values()), finals, diverged, strict=True):
+    for values, final, kept in zip(itertools.product(*grid.values()), returns, finite, strict=True):
         row = dict(zip(grid, values, strict=True)) | {"iqm": np.nan, "low": np.nan, "high": np.nan, "worst": np.nan}
-        if len(returns):
-            low, high = plot.interval(returns)
-            row |= {"iqm": float(plot.iqm(returns)), "low": float(low), "high": float(high)}
-            row["worst"] = float(returns.min())
-        rows.append(row | {"diverged": lost})
+        if kept.any():
+            low, high = plot.interval(final[kept])
+            row |= {"iqm": float(plot.iqm(final[kept])), "low": float(low), "high": float(high)}
+            row["worst"] = float(final[kept].min())
+        rows.append(row | {"diverged": int((~kept).sum())})
     return rows
 
 
@@ -98,17 +99,20 @@ def text(rows):
     return "\n".join("  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def draw(home, grid, rows):
-    """Write `sweep.png`."""
-    algorithm, env = home.parts[-3:-1]
-    plot.save(heat_map(grid, rows, f"{algorithm} on {env}: interquartile means of the seeds"), home / "sweep.png")
+def write(out_folder, grid, rows, with_plot=True):
+    """Write `sweep.csv` and `sweep.png`."""
+    record.write_rows(out_folder / "sweep.csv", rows)
+    if with_plot:
+        algorithm, env = out_folder.parts[-3:-1]
+        figure = heat_map(grid, rows, f"{algorithm} on {env}: interquartile means of the seeds")
+        plot.save(figure, out_folder / "sweep.png")
 
 
 def heat_map(grid, rows, title):
     """The interquartile means over the last two fields of the grid, a panel for each combination of the others."""
     names = list(grid)
-    x, y = names[-1], names[-2] if len(names) > 1 else None
-    height, width = len(grid[y]) if y else 1, len(grid[x])
+    values_x, values_y = grid[names[-1]], grid[names[-2]] if len(names) > 1 else [None]
+    height, width = len(values_y), len(values_x)
     panels = np.array([row["iqm"] for row in rows]).reshape(-1, height, width)
     others = list(itertools.product(*(grid[name] for name in names[:-2])))
     columns = min(3, len(panels))
@@ -117,23 +121,26 @@ def heat_map(grid, rows, title):
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     finite = panels[np.isfinite(panels)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0, 0)
-    for panel, chosen, ax in itertools.zip_longest(panels, others, axes.flat):
-        if panel is None:
-            ax.set_axis_off()
-            continue
-        image = ax.imshow(panel, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-        for (i, j), value in np.ndenumerate(panel):
-            dark = not np.isfinite(value) or value < (low + high) / 2
-            label = f"{value:.1f}" if np.isfinite(value) else "diverged"
-            ax.text(j, i, label, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        ax.set_facecolor("0.3")  # seen where no seed stayed finite
-        ax.set_xticks(range(width), [f"{value:g}" for value in grid[x]])
-        ax.set_yticks(range(height), [f"{value:g}" for value in grid[y]] if y else [""])
-        ax.set_xlabel(x)
-        ax.set_ylabel(y or "")
-        if chosen:
-            ax.set_title(", ".join(f"{n} = {v:g}" for n, v in zip(names, chosen, strict=False)), fontsize=9)
+    limits = (finite.min(), finite.max()) if len(finite) else (0, 0)
+    for panel, chosen, ax in zip(panels, others, axes.flat, strict=False):
+        image = draw_panel(ax, panel, limits)
+        ax.set_xticks(range(width), [f"{value:g}" for value in values_x])
+        ax.set_yticks(range(height), ["" if value is None else f"{value:g}" for value in values_y])
+        ax.set(xlabel=names[-1], ylabel=names[-2] if len(names) > 1 else "")
+        ax.set_title(", ".join(f"{n} = {v:g}" for n, v in zip(names, chosen, strict=False)), fontsize=9)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
     figure.colorbar(image, ax=axes, label="greedy return")
     figure.suptitle(title)
     return figure
+
+
+def draw_panel(ax, panel, limits):
+    """Draw `panel [height, width]` with a number in each cell; `limits` are the ends of the color scale."""
+    image = ax.imshow(panel, cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="auto")
+    ax.set_facecolor("0.3")  # visible where all seeds diverged
+    for (i, j), value in np.ndenumerate(panel):
+        dark = not np.isfinite(value) or value < sum(limits) / 2
+        label = f"{value:.1f}" if np.isfinite(value) else "diverged"
+        ax.text(j, i, label, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    return image

@@ -1,9 +1,9 @@
-"""Tracking: the rows of `metrics.csv`, under the same names, for TensorBoard and Weights & Biases as well.
+"""Tracking: logs the rows of `metrics.csv`, under the same names, to TensorBoard and Weights & Biases.
 
     seed_<s>/tensorboard/    event files
-    seed_<s>/wandb/          wandb's own files, and `run.json`: the last run's id, and what it surely holds
+    seed_<s>/wandb/          wandb's own files, and `run.json`: the id of the last run and the last step it has for sure
 
-Each seed is a run of its own, over what its curve is drawn over; nothing is imported that was not asked for.
+Each seed is a run of its own, logged over steps or iterations as its curve is; a tracker is imported only when used.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ import json
 import secrets
 import time
 
-from common import cli, record
+from amortax.common import cli, record
 
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb.sdk"}  # a folder called wandb would pass for `wandb`
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb.sdk"}  # a folder named wandb would be imported as `wandb`
 FLUSH_SECONDS = 5
 
 
 class Failed(Exception):
-    """A tracker refused; the message is one for the user."""
+    """A tracker refused; the message is written for the user."""
 
 
 def check(kinds):
@@ -40,10 +40,10 @@ def check(kinds):
 
 
 @contextlib.contextmanager
-def tracking(options):
-    """Yield `log(folder, rows)`, which sends those of a run's rows that it has not sent yet; close all at the end.
+def tracking(kinds, resume):
+    """Yield `log(folder, rows)`, which sends those rows of a run that it has not sent yet; close all at the end.
 
-    `rows` are all rows so far, so what is sent in the end is all of `metrics.csv`, also after an untracked beginning.
+    `rows` are all rows so far, so that in the end all of `metrics.csv` is sent, also after an untracked beginning.
     `log` raises `Failed` where a run cannot be opened.
     """
     senders, sent = {}, {}
@@ -51,9 +51,8 @@ def tracking(options):
 
         def log(folder, rows):
             if folder not in senders:
-                kinds = dict.fromkeys(options.track)
-                senders[folder] = [OPEN[kind](stack, folder, options.resume) for kind in kinds]
-            # those of a resumed run are text
+                senders[folder] = [OPEN[kind](stack, folder, resume) for kind in dict.fromkeys(kinds)]
+            # the rows of a resumed run are text
             new = [{name: float(value) for name, value in row.items()} for row in rows[sent.get(folder, 0) :]]
             for send in senders[folder]:
                 send({int(record.progress(row)): row for row in new})
@@ -66,16 +65,16 @@ def open_tensorboard(stack, folder, resume):
     """`send({x: row})` into a new event file, which replaces the events of earlier ones; `stack` closes it."""
     from tensorboardX import SummaryWriter
 
-    # the events that a killed process lost are in no earlier file: all are written again
+    # an earlier file lacks the events that a killed process lost: all are written again
     writer = SummaryWriter(
         str(folder / "tensorboard"),
         purge_step=0,
         flush_secs=FLUSH_SECONDS,
-        filename_suffix=f".{time.time_ns()}",  # else files of the same second had the same name
+        filename_suffix=f".{time.time_ns()}",  # otherwise files of the same second have the same name
     )
     stack.enter_context(writer)
     description = json.dumps(record.read_config(folder), indent=2)
-    writer.add_text("config", "".join(f"    {line}\n" for line in description.splitlines()), 0)  # Markdown's verbatim
+    writer.add_text("config", "".join(f"    {line}\n" for line in description.splitlines()), 0)  # verbatim in Markdown
 
     def send(rows):
         for x, row in rows.items():
@@ -86,7 +85,7 @@ def open_tensorboard(stack, folder, resume):
 
 
 def open_wandb(stack, folder, resume):
-    """`send({x: row})` to a wandb run, with `resume` to the last one of this folder; `stack` finishes it."""
+    """`send({x: row})` to a wandb run, with `resume` the last one of this folder; `stack` finishes it."""
     import wandb
 
     path = folder / "wandb" / "run.json"
@@ -107,13 +106,13 @@ def open_wandb(stack, folder, resume):
             reinit="create_new",
             dir=folder,
             config=record.read_config(folder),
-            settings=wandb.Settings(console="off"),  # what is printed is of all runs
+            settings=wandb.Settings(console="off"),  # the output belongs to all runs
         )
     except wandb.Error as error:
         raise Failed(f"--track wandb: {error}") from error
-    stack.callback(keep)  # not before it has finished: wandb loses with a killed process what it holds
+    stack.callback(keep)  # after it has finished: a killed process loses what wandb has not sent
     stack.enter_context(run)
-    first = run.starting_step or last["sent"] + 1  # a server knows what it has
+    first = run.starting_step or last["sent"] + 1  # a server knows its last step
 
     def send(rows):
         for x, row in rows.items():

@@ -1,9 +1,10 @@
-"""What the tests of several algorithms share: comparisons, environments with known answers, updates in NumPy."""
+"""What the tests of several algorithms share: configurations, comparisons, environments, updates in NumPy."""
 
 import functools
 import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnax
 import jax
@@ -12,6 +13,8 @@ import numpy as np
 import optax
 from gymnax.environments import environment, spaces
 from jax import random
+
+from amortax.algorithms import ddpg, fqi, fqi_amortized, nfqca, reinforce, sac, sac_value, soft_fqi, svg, td3
 
 # 16 updates an epoch, two epochs, and a buffer that wraps around; most tests share its compiled programs
 SMALL = {
@@ -24,12 +27,68 @@ SMALL = {
     "batch_size": 16,
     "hidden_sizes": (8, 8),
 }
+SMALL_FITTED = {
+    "num_base_points": 80,
+    "num_iterations": 4,
+    "iterations_per_epoch": 2,
+    "num_envs": 20,
+    "num_eval_episodes": 2,
+    "hidden_sizes": (8, 8),
+    "fit_steps": 3,
+    "batch_size": 16,
+}
+SMALL_SVG = {
+    "num_iterations": 4,
+    "iterations_per_epoch": 2,
+    "num_rollouts": 3,
+    "horizon": 4,
+    "num_eval_episodes": 2,
+    "learning_starts": 40,
+    "num_envs": 4,
+    "buffer_size": 44,
+    "batch_size": 8,
+    "model_steps": 2,
+    "hidden_sizes": (8, 8),
+}
+SMALL_REINFORCE = {
+    "total_steps": 64,
+    "steps_per_epoch": 32,
+    "num_envs": 4,
+    "num_steps": 4,
+    "num_eval_episodes": 2,
+    "critic_steps": 2,
+    "batch_size": 8,
+    "hidden_sizes": (8, 8),
+}
+ACTOR_CRITIC = {"ddpg": ddpg, "td3": td3, "sac_value": sac_value, "sac": sac}
+FITTED = {"fqi": fqi, "fqi_amortized": fqi_amortized, "nfqca": nfqca, "soft_fqi": soft_fqi}
+ALGORITHMS = ACTOR_CRITIC | FITTED | {"reinforce": reinforce, "svg": svg}
+CONFIGS = {
+    "ddpg": ddpg.Config(**SMALL, target_period=8),
+    "td3": td3.Config(**SMALL),
+    "sac_value": sac_value.Config(**SMALL),
+    "sac": sac.Config(**SMALL),
+    "fqi": fqi.Config(**SMALL_FITTED, maximizer_steps=2),
+    "fqi_amortized": fqi_amortized.Config(**SMALL_FITTED, maximizer_steps=2),
+    "nfqca": nfqca.Config(**SMALL_FITTED, rounds=2),
+    "soft_fqi": soft_fqi.Config(**SMALL_FITTED, integral="importance", num_samples=4),
+    "reinforce": reinforce.Config(**SMALL_REINFORCE),
+    "svg": svg.Config(**SMALL_SVG, model="learned"),
+}
 # for programs that run for a moment only: less time in the compiler
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # for what two programs must have bitwise the same: without fusions, XLA's sums depend on what stands around them
 FUSIONS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
 exact_jit = functools.partial(jax.jit, compiler_options=FUSIONS)
 QUICK_FLAGS = os.environ.get("XLA_FLAGS", "").replace("optimization_level=1", "optimization_level=0")  # of processes
+
+
+@functools.cache
+def programs(name):
+    """`init`, `epoch` (the state is donated) and `train` of an algorithm, each jitted once for all tests."""
+    module = ALGORITHMS[name]
+    epoch = exact_jit(module.epoch, donate_argnums=1)
+    return SimpleNamespace(init=exact_jit(module.init), epoch=epoch, train=exact_jit(module.train))
 
 
 def replace(config, **fields):
@@ -125,12 +184,33 @@ class Bandit(Clock):
         return obs, state, -jnp.square(action).sum(), terminated, info
 
 
+class Wrapped(Clock):
+    """Observations are shifted by 100, as by a wrapper that does not know of their copy in `info`."""
+
+    def reset(self, key, params=None):
+        obs, state = super().reset(key, params)
+        return obs + 100, state
+
+    def step(self, key, state, action, params=None):
+        obs, *rest = super().step(key, state, action, params)
+        return obs + 100, *rest
+
+
+class Unbounded(Clock):
+    """Actions without bounds."""
+
+    def action_space(self, params):
+        return spaces.Box(-jnp.inf, jnp.inf, (1,))
+
+
 for name, env_class, horizon, terminates in (
     ("ClockTruncated-test", Clock, 50, False),
     ("ClockTerminated-test", Clock, 10, True),
     ("Table-test", Table, 5, False),
     ("Walk-test", Walk, 12, False),
     ("Bandit-test", Bandit, 1, True),
+    ("Wrapped-test", Wrapped, 5, False),
+    ("Unbounded-test", Unbounded, 5, False),
 ):
     gymnax.register(name, functools.partial(env_class, horizon, terminates))
 
@@ -192,17 +272,17 @@ def random_adam(rng, config, params):
     return (first._replace(count=np.int32(3), mu=mu, nu=nu), *rest)
 
 
-def random_batches(rng, transition_class, num_batches):
-    """Transitions `[num_batches, 8]` with observations in R^3 and actions in R^2; one of four terminates."""
-    shape = (num_batches, 8)
+def random_batch(rng, transition_class):
+    """Eight transitions with observations in R^3 and actions in R^2; one of four terminates, its last observation NaN.
+
+    A target that is right does not let it through.
+    """
+    terminated = (np.arange(8) % 4 == 0).astype(float)
+    next_obs = np.where(terminated[:, None] == 1, np.nan, rng.normal(size=(8, 3)))
     return transition_class(
-        obs=rng.normal(size=(*shape, 3)),
-        action=rng.uniform(-1, 1, size=(*shape, 2)),
-        reward=rng.normal(size=shape),
-        next_obs=rng.normal(size=(*shape, 3)),
-        terminated=np.broadcast_to(np.arange(8) % 4 == 0, shape).astype(float),
+        obs=rng.normal(size=(8, 3)),
+        action=rng.uniform(-1, 1, size=(8, 2)),
+        reward=rng.normal(size=8),
+        next_obs=next_obs,
+        terminated=terminated,
     )
-
-
-def nth(batches, i):
-    return jax.tree.map(lambda x: x[i], batches)

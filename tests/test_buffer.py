@@ -1,26 +1,25 @@
 """The replay buffer against a plain Python ring, and the distribution of its samples."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CONFIGS, replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import random
 from scipy import stats
 
-import algorithms.td3 as td3
+from amortax.algorithms import td3
 
-add = jax.jit(td3.buffer_add)
-sample = jax.jit(td3.buffer_sample, static_argnums=(2, 3))
+store = jax.jit(td3.store)
+DIMS = {"ClockTruncated-test": (1, 1), "Table-test": (6, 2)}
 
 
-def transitions(start, n, obs_dim, action_dim):
-    """`n` transitions that tell their number, counted from `start`, in every field, with a different sign or shift."""
-    i = np.arange(start, start + n, dtype=np.float32)
-    column = i[:, None]
+def transitions(start, shape, obs_dim, action_dim):
+    """Transitions `[*shape]` that tell their number, counted from `start`, in every field."""
+    i = start + np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    column = i[..., None]
     return td3.Transition(
         obs=jnp.asarray(column + np.arange(obs_dim) / 8),
         action=jnp.asarray(-column - np.arange(action_dim) / 8),
@@ -30,79 +29,69 @@ def transitions(start, n, obs_dim, action_dim):
     )
 
 
-def row(transition, k):
-    """Transition `k` of a batch as the buffer is to hold it."""
-    return np.concatenate([np.ravel(np.asarray(x[k], np.float32)) for x in transition])
-
-
-def fill(adds, n, capacity, obs_dim, action_dim):
-    """A buffer after so many adds of `n` transitions each, and the same as a list of rows."""
-    buffer = td3.buffer_init(capacity, 2 * obs_dim + action_dim + 2)
-    ring, position = [None] * capacity, 0
-    for i in range(adds):
-        batch = transitions(i * n, n, obs_dim, action_dim)
-        buffer = add(buffer, batch)
+def fill(writes, shape, capacity, obs_dim, action_dim):
+    """A buffer after so many writes of transitions `[*shape]` each, the step, and the same as a list of rows."""
+    n = int(np.prod(shape))
+    buffer, ring = jnp.zeros((capacity, 2 * obs_dim + action_dim + 2)), [None] * capacity
+    for step in range(0, writes * n, n):
+        batch = transitions(step, shape, obs_dim, action_dim)
+        buffer = store(buffer, step, batch)
+        rows = np.concatenate([np.asarray(x, np.float32).reshape(n, -1) for x in batch], axis=1)
         for k in range(n):
-            ring[position] = row(batch, k)
-            position = (position + 1) % capacity
-    return buffer, ring, position
+            ring[(step + k) % capacity] = rows[k]
+    return buffer, writes * n, ring
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@pytest.mark.quick
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    n=st.integers(1, 8),
-    multiple=st.integers(1, 5),
-    obs_dim=st.integers(1, 4),
-    action_dim=st.integers(1, 3),
-    adds=st.integers(0, 17),
+    shape=st.sampled_from([(1, 1), (1, 4), (3, 2)]),
+    multiple=st.integers(1, 4),
+    env=st.sampled_from([*DIMS]),
+    writes=st.integers(0, 9),
 )
-def test_add_equals_a_plain_ring(n, multiple, obs_dim, action_dim, adds):
-    """Also after several times around: rows in their places, where the next goes, how many there are."""
-    capacity, width = n * multiple, 2 * obs_dim + action_dim + 2
-    buffer, ring, position = fill(adds, n, capacity, obs_dim, action_dim)
+def test_store_equals_a_plain_ring(shape, multiple, env, writes):
+    """Also after several times around, an iteration's steps of all environments at a time."""
+    buffer, _, ring = fill(writes, shape, int(np.prod(shape)) * multiple, *DIMS[env])
     filled = [x for x in ring if x is not None]
-    assert (buffer.position, buffer.size) == (position, len(filled)) == (adds * n % capacity, min(adds * n, capacity))
-    np.testing.assert_array_equal(buffer.rows[: len(filled)], np.reshape(filled, (len(filled), width)))
-    assert not np.any(buffer.rows[len(filled) :])
+    np.testing.assert_array_equal(buffer[: len(filled)], np.reshape(filled, (len(filled), buffer.shape[1])))
+    assert not np.any(buffer[len(filled) :])
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    dims=st.sampled_from([(1, 1), (3, 2)]),
-    shape=st.sampled_from([(), (5,), (2, 3)]),
-    adds=st.integers(1, 9),
-    seed=st.integers(0, 1000),
-)
-def test_sample_gives_whole_stored_transitions(dims, shape, adds, seed):
-    """Every draw is one stored transition with all its fields, in the shape asked for."""
-    buffer, ring, _ = fill(adds, 4, 12, *dims)
-    batch = sample(buffer, random.key(seed), shape, dims[1])
-    assert [x.shape for x in batch] == [(*shape, dims[0]), (*shape, dims[1]), shape, (*shape, dims[0]), shape]
-    stored = {tuple(x) for x in ring if x is not None}
-    flat = [x.reshape(-1, *x.shape[len(shape) :]) for x in batch]
-    for k in range(len(flat[0])):
-        assert tuple(row(flat, k)) in stored
-    # the fields are those put in
-    number = np.asarray(batch.obs[..., 0])
-    expected = transitions(0, 4 * adds, *dims)
-    for x, y in zip(batch, expected, strict=True):
-        np.testing.assert_array_equal(x, np.asarray(y, np.float32)[number.astype(int)])
+@pytest.mark.quick
+@pytest.mark.parametrize("env", DIMS)
+@pytest.mark.parametrize("writes", [1, 2, 7])
+def test_sample_gives_whole_stored_transitions(env, writes):
+    """Every sample is one stored transition with all its fields."""
+    config = replace(CONFIGS["td3"], env=env, batch_size=50)
+    buffer, step, ring = fill(writes, (2, 2), 12, *DIMS[env])
+    batch = td3.sample(config, buffer, step, random.key(writes))
+    obs_dim, action_dim = DIMS[env]
+    assert [x.shape for x in batch] == [(50, obs_dim), (50, action_dim), (50,), (50, obs_dim), (50,)]
+    number = np.asarray(batch.obs[:, 0]).astype(int)
+    assert set(number) <= {int(x[0]) for x in ring if x is not None}
+    for x, y in zip(batch, transitions(0, (step,), *DIMS[env]), strict=True):
+        np.testing.assert_array_equal(x, np.asarray(y, np.float32)[number])
 
 
-@pytest.mark.parametrize(("adds", "filled"), [(1, 4), (7, 28), (16, 64), (23, 64)])
-def test_sample_is_uniform_over_the_filled_rows(adds, filled):
+@pytest.mark.quick
+@pytest.mark.parametrize(("writes", "filled"), [(1, 4), (7, 28), (16, 64), (23, 64)])
+def test_sample_is_uniform_over_the_filled_rows(writes, filled):
     """Chi-square test on a fixed key; with a part of the buffer filled, all of it, and after a wrap-around."""
-    buffer, ring, _ = fill(adds, 4, 64, 1, 1)
-    draws = np.asarray(sample(buffer, random.key(7), (50, 400), 1).obs).ravel()
+    config = replace(CONFIGS["td3"], env="ClockTruncated-test", batch_size=20_000)
+    buffer, step, ring = fill(writes, (1, 4), 64, 1, 1)
+    samples = np.asarray(td3.sample(config, buffer, step, random.key(7)).obs).ravel()
     stored = sorted(x[0] for x in ring if x is not None)
-    values, counts = np.unique(draws, return_counts=True)
+    values, counts = np.unique(samples, return_counts=True)
     assert len(stored) == filled
     assert values.tolist() == stored
     assert stats.chisquare(counts).pvalue > 0.01
 
 
+@pytest.mark.quick
 def test_samples_of_different_keys_differ():
-    buffer, _, _ = fill(16, 4, 64, 1, 1)
-    draw = functools.partial(td3.buffer_sample, buffer, shape=(64,), action_dim=1)
-    assert not np.array_equal(draw(random.key(0)).obs, draw(random.key(1)).obs)
-    np.testing.assert_array_equal(draw(random.key(0)).obs, draw(random.key(0)).obs)
+    config = replace(CONFIGS["td3"], env="ClockTruncated-test", batch_size=64)
+    buffer, step, _ = fill(16, (1, 4), 64, 1, 1)
+    one, same, other = (td3.sample(config, buffer, step, random.key(i)).obs for i in (0, 0, 1))
+    assert not np.array_equal(one, other)
+    np.testing.assert_array_equal(one, same)

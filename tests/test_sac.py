@@ -12,19 +12,18 @@ from cases import (
     np_adam,
     np_critics,
     np_mlp,
-    nth,
     quick_jit,
     random_adam,
-    random_batches,
+    random_batch,
     random_layers,
 )
 from jax import random
 
-from algorithms import sac, sac_value
+from amortax.algorithms import sac, sac_value
 
 both = pytest.mark.parametrize("module", [sac_value, sac], ids=["sac_value", "sac"])
 
-# The density of squashed actions
+# The density of squashed actions, the same code in both files
 
 
 def constant_policy(mean, std):
@@ -33,57 +32,59 @@ def constant_policy(mean, std):
     return [(np.zeros((1, 2 * len(mean))), np.concatenate([mean, np.log(std)]))]
 
 
-@both
+@pytest.mark.quick
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.2), (-2.0, 1.5), (3.0, 0.5), (0.1, 2.5)])
-def test_density_integrates_to_one(module, mean, std):
+def test_density_integrates_to_one(mean, std):
     """Over actions in (-1, 1), by the trapezoidal rule on a grid that is fine where the density is high."""
     unsquashed = np.linspace(mean - 12 * std, mean + 12 * std, 200_001)
     noise = (unsquashed - mean) / std
     with jax.enable_x64(True):
         obs = np.zeros((len(noise), 1))
-        action, log_prob = map(np.asarray, module.sample(constant_policy(mean, std), obs, noise[:, None]))
+        action, log_prob = map(np.asarray, sac.sample_action(constant_policy(mean, std), obs, noise[:, None]))
     inside = np.abs(action[:, 0]) < 1  # beyond, float64 has no room left between the action and the bound
     np.testing.assert_allclose(np.trapezoid(np.exp(log_prob[inside]), action[inside, 0]), 1, atol=1e-6)
 
 
-@both
-def test_density_equals_the_change_of_variables(module):
+@pytest.mark.quick
+def test_density_equals_the_change_of_variables():
     """Against SciPy's normal density and the logarithm of 1 - a^2, in two dimensions."""
     mean, std = np.array([0.3, -0.8]), np.array([0.7, 0.4])
     noise = np.random.default_rng(0).normal(size=(1000, 2))
     with jax.enable_x64(True):
-        action, log_prob = map(np.asarray, module.sample(constant_policy(mean, std), np.zeros((1000, 1)), noise))
+        action, log_prob = map(np.asarray, sac.sample_action(constant_policy(mean, std), np.zeros((1000, 1)), noise))
     np.testing.assert_allclose(action, np.tanh(mean + std * noise), rtol=1e-12)
     normal = scipy.stats.norm(mean, std).logpdf(np.arctanh(action)).sum(axis=1)
     np.testing.assert_allclose(log_prob, normal - np.log1p(-(action**2)).sum(axis=1), rtol=1e-8)
 
 
-@both
-def test_density_is_exact_where_the_action_meets_its_bound(module):
+@pytest.mark.quick
+def test_density_is_exact_where_the_action_meets_its_bound():
     """In float32, where 1 - a^2 is 0: log(1 - tanh(u)^2) = log 4 - 2 |u| - 2 log(1 + exp(-2 |u|)); its gradient too."""
     noise = jnp.array([-60.0, -20, -9, -1, 0, 1, 9, 20, 60])[:, None]
     policy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), constant_policy(0.5, 1.0))
-    action, log_prob = module.sample(policy, jnp.zeros((9, 1)), noise)
+    action, log_prob = sac.sample_action(policy, jnp.zeros((9, 1)), noise)
     assert np.abs(action).max() == 1
     u = 0.5 + np.asarray(noise[:, 0], np.float64)
     log_det = np.log(4) - 2 * np.abs(u) - 2 * np.log1p(np.exp(-2 * np.abs(u)))
     np.testing.assert_allclose(log_prob, scipy.stats.norm(0.5, 1).logpdf(u) - log_det, rtol=1e-5)
     # with the noise given, the normal part does not move with the mean; the rest by 2 tanh(u)
-    gradient = jax.vmap(lambda e: jax.grad(lambda p: module.sample(p, jnp.zeros(1), e)[1])(policy)[0][1][0])(noise)
+    gradient = jax.vmap(lambda e: jax.grad(lambda p: sac.sample_action(p, jnp.zeros(1), e)[1])(policy)[0][1][0])(
+        noise
+    )
     np.testing.assert_allclose(gradient, 2 * np.tanh(u), rtol=1e-5, atol=1e-6)
 
 
-@both
-def test_greedy_action_is_the_squashed_mean(module):
+@pytest.mark.quick
+def test_greedy_action_is_the_squashed_mean():
     policy = constant_policy([0.3, -2.0], [1.0, 5.0])
-    np.testing.assert_allclose(module.actor(policy, np.zeros((4, 1))), np.tile(np.tanh([0.3, -2.0]), (4, 1)), rtol=1e-6)
+    np.testing.assert_allclose(sac.actor(policy, np.zeros((4, 1))), np.tile(np.tanh([0.3, -2.0]), (4, 1)), rtol=1e-6)
 
 
-@both
-def test_deviation_is_bounded(module):
+@pytest.mark.quick
+def test_deviation_is_bounded():
     log_std = np.array([-50.0, -10, 0, 2, 50])
     policy = [(np.zeros((1, 10)), np.concatenate([np.zeros(5), log_std]))]
-    np.testing.assert_allclose(module.policy(policy, np.zeros(1)).stddev(), np.exp(np.clip(log_std, -10, 2)), rtol=1e-6)
+    np.testing.assert_allclose(sac.policy(policy, np.zeros(1)).stddev(), np.exp(np.clip(log_std, -10, 2)), rtol=1e-6)
 
 
 # The updates against a case worked in NumPy, float64
@@ -132,12 +133,12 @@ def hand_case(module):
     params = module.Params(actor, *rest)
     learned = module.OptState._fields
     opt_state = module.OptState(*(random_adam(rng, config, getattr(params, name)) for name in learned))
-    batch = nth(random_batches(rng, module.Transition, 1), 0)
+    batch = random_batch(rng, module.Transition)
     return config, params, opt_state, batch, rng.normal(size=(2, 8, 2))
 
 
-def np_learn(config, params, opt_state, batch, noise):
-    """All updates of modern SAC in their order: `(params, Adam's states, figures)`."""
+def np_update(config, params, opt_state, batch, noise):
+    """All updates of modern SAC in their order: `(params, Adam's states, losses)`."""
     adams = [getattr(opt_state, name)[0] for name in ("critic", "actor", "log_alpha")]
     alpha = np.exp(params.log_alpha)
     next_value = np_soft_value(params.actor, params.target_critic, alpha, batch.next_obs, noise[0])
@@ -151,12 +152,13 @@ def np_learn(config, params, opt_state, batch, noise):
     # d/d log alpha of alpha (entropy - target), where the target is for each of the two dimensions
     log_alpha, adams[2] = np_adam(config, adams[2], params.log_alpha, alpha * (entropy + 2 * 0.7))
     target_critic = jax.tree.map(lambda x, y: 0.3 * x + 0.7 * y, critic, params.target_critic)
-    figures = critic_loss, actor_loss, entropy, np.exp(log_alpha)
-    return sac.Params(actor, critic, target_critic, log_alpha), adams, figures
+    q_value = np.mean(np_critics(params.critic, batch.obs, batch.action))
+    losses = critic_loss, q_value, actor_loss, entropy, np.exp(log_alpha)
+    return sac.Params(actor, critic, target_critic, log_alpha), adams, losses
 
 
-def np_learn_value(config, params, opt_state, batch, noise):
-    """All updates of SAC with a value network in their order: `(params, Adam's states, figures)`."""
+def np_update_value(config, params, opt_state, batch, noise):
+    """All updates of SAC with a value network in their order: `(params, Adam's states, losses)`."""
     adams = [getattr(opt_state, name)[0] for name in ("critic", "actor", "value")]
     target = np_soft_value(params.actor, params.critic, 0.3, batch.obs, noise[0])
     value, adams[2], value_loss = np_step(config, adams[2], params.value, lambda x: np_value_loss(x, target, batch))
@@ -169,23 +171,26 @@ def np_learn_value(config, params, opt_state, batch, noise):
         config, adams[1], params.actor, lambda x: -np_soft_value(x, critic, 0.3, batch.obs, noise[1]).mean()
     )
     target_value = jax.tree.map(lambda x, y: 0.3 * x + 0.7 * y, value, params.target_value)
-    return sac_value.Params(actor, critic, value, target_value), adams, (critic_loss, actor_loss, entropy, value_loss)
+    q_value = np.mean(np_critics(params.critic, batch.obs, batch.action))
+    losses = critic_loss, q_value, actor_loss, entropy, value_loss
+    return sac_value.Params(actor, critic, value, target_value), adams, losses
 
 
-def check_learn(module):
+def check_update(module):
     config, params, opt_state, batch, noise = hand_case(module)
     with jax.enable_x64(True):
-        got, got_opt_state, figures = module.learn(config, params, opt_state, batch, noise)
+        got, got_opt_state, losses = quick_jit(module.update)(config, params, opt_state, batch, noise)
     has_value = "value" in params._fields
-    worked = np_learn_value if has_value else np_learn
-    expected, adams, expected_figures = worked(config, params, opt_state, batch, noise)
-    np.testing.assert_allclose(figures, expected_figures, rtol=1e-6)
+    worked = np_update_value if has_value else np_update
+    expected, adams, expected_losses = worked(config, params, opt_state, batch, noise)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
     assert_close(tuple(got), tuple(expected), rtol=0, atol=1e-8)
     third = "value" if has_value else "log_alpha"
     got_adams = [getattr(got_opt_state, name)[0] for name in ("critic", "actor", third)]
     assert_close(got_adams, adams, rtol=0, atol=1e-6)
 
 
+@pytest.mark.quick
 @both
 def test_the_hand_worked_case_leaves_nothing_out(module):
     """Either critic is the smaller one, log deviations lie on both sides of a bound, some transitions terminate."""
@@ -196,21 +201,22 @@ def test_the_hand_worked_case_leaves_nothing_out(module):
         assert 0 < np.mean(mixed) < 1
 
 
+@pytest.mark.quick
 @both
-def test_learn_equals_the_hand_worked_case(module):
-    check_learn(module)
+def test_update_equals_the_hand_worked_case(module):
+    check_update(module)
 
 
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        (sac, "(1 - batch.terminated) * ", ""),
+        (sac, "jnp.where(batch.terminated, 0, next_value)", "next_value"),
         (sac, "next_q - jnp.exp", "next_q + jnp.exp"),
         (sac, "* log_prob - q).mean()", "* log_prob + q).mean()"),
         (sac, "twin_critics(params.target_critic", "twin_critics(params.critic"),
-        (sac, "config.target_entropy * action_dim", "config.target_entropy"),
-        (sac, "(entropy - config", "(-entropy - config"),
-        (sac_value, "(1 - batch.terminated) * ", ""),
+        (sac, "config.target_entropy * batch.action.shape[-1]", "config.target_entropy"),
+        (sac, "(entropy - target", "(-entropy - target"),
+        (sac_value, "jnp.where(batch.terminated, 0, next_value)", "next_value"),
         (sac_value, "- config.alpha * log_prob", "+ config.alpha * log_prob"),
         (sac_value, "value(params.target_value, batch.next_obs)", "value(params.value, batch.next_obs)"),
         (sac_value, "value(params.target_value, batch.next_obs)", "value(params.target_value, batch.obs)"),
@@ -220,7 +226,7 @@ def test_learn_equals_the_hand_worked_case(module):
 def test_the_hand_worked_case_catches(tmp_path, module, old, new):
     broken = load_broken(module, tmp_path, old, new)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        check_learn(broken)
+        check_update(broken)
 
 
 # The temperature

@@ -11,11 +11,11 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import FUSIONS, SMALL, replace
+from cases import ALGORITHMS, CONFIGS, FUSIONS, SMALL, replace
 from jax import lax, random
 
-from algorithms import ddpg, sac, sac_value, svg, td3
-from common import cli
+from amortax.algorithms import ddpg, sac, sac_value, svg, td3
+from amortax.common import envs
 
 CAPACITY = 4 * 2027  # more than any other array of the programs has elements
 WIDTH = 2 * 3 + 1 + 2  # a transition of Pendulum-v1
@@ -169,11 +169,13 @@ def test_epoch_of_one_seed(module, config):
     assert_touches_batches_only(compiled, depth=0, num_seeds=1)
 
 
-@every_algorithm
+@pytest.mark.parametrize(("module", "config"), [(td3, CONFIG), (svg, svg.Config(**SVG, noise="inferred"))])
 def test_epoch_of_eight_seeds_vmapped(module, config):
+    """The delayed update stays a branch, and is no selection between the results of both."""
     states = jax.eval_shape(jax.vmap(lambda key: module.init(config, key)), seed_keys())
     compiled = jit(jax.vmap(lambda state: module.epoch(config, state)), donate_argnums=0).lower(states).compile()
     assert_touches_batches_only(compiled, depth=0, num_seeds=8)
+    assert (" conditional(" in compiled.as_text()) == (module is td3)
 
 
 @pytest.mark.parametrize(
@@ -250,11 +252,21 @@ def test_reader_finds(step, opcode):
 # One program for all epochs
 
 
-@every_algorithm
-@pytest.mark.parametrize("env", [*cli.CONTINUOUS_ENVS, "LQR-v0"])
-def test_epoch_takes_what_it_gives(env, module, config):
+@pytest.mark.parametrize(
+    ("name", "env"),
+    [
+        *(("td3", env) for env in (*envs.CONTINUOUS_ENVS, "LQR-v0")),
+        *((name, "PointRobot-misc") for name in ("ddpg", "sac_value", "sac", "svg", "nfqca", "fqi")),
+        ("fqi", "CartPole-v1"),
+        ("reinforce", "CartPole-v1"),
+        ("reinforce", "PointRobot-misc"),
+    ],
+)
+def test_epoch_takes_what_it_gives(name, env):
     """`init` and `epoch` give states of the same types; gymnax's Python numbers, weakly typed, would differ."""
-    config = replace(config, env=env)
+    module, config = ALGORITHMS[name], replace(CONFIGS[name], env=env)
+    if (name, env) == ("fqi", "CartPole-v1"):
+        config = replace(config, maximizer="exhaustive")
     state = jax.eval_shape(lambda key: module.init(config, key), seed_key())
     next_state, _ = jax.eval_shape(lambda state: module.epoch(config, state), state)
     assert jax.tree.structure(state) == jax.tree.structure(next_state)

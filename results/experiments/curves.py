@@ -1,11 +1,14 @@
-"""Learning curves: every algorithm on every environment that fits it, with the optimum where it is known."""
+"""Learning curves: every algorithm on every suitable environment, with the optimum where it is known."""
+
+import functools
 
 import gymnax
 import numpy as np
-import study
-from study import FITTED, ROOT, Experiment, Run
+from experiments import drawing, study, training
+from experiments.study import Experiment
+from experiments.training import FITTED, Run
 
-from common import lqr, plot
+from amortax.common import lqr, plot
 
 ACTOR_CRITICS = ("ddpg", "td3", "sac_value", "sac")
 STEPS = {  # flags of the actor-critics
@@ -16,14 +19,14 @@ STEPS = {  # flags of the actor-critics
     "Swimmer-misc": "--total-steps 17000 --steps-per-epoch 2000",
     "LQR-v0": "--total-steps 25000 --steps-per-epoch 3000",
 }
-FEWER = {  # of the others, where it is not Pendulum, whose defaults these are
+SHORTER = {  # flags of the others; Pendulum has their defaults
     "fitted": "--num-iterations 20 --iterations-per-epoch 4 --fit-steps 500",
     "svg": "--num-iterations 480 --iterations-per-epoch 48",
     "reinforce": "--total-steps 102400 --steps-per-epoch 10240",
 }
 LEARNED = "--model learned --gamma 0.97 --num-rollouts 64"
 LQR_GAMMA = 0.9
-LQR_FLAGS = {  # what episodes of 20 steps and wide bounds of the actions ask for
+LQR_FLAGS = {  # for episodes of 20 steps and wide bounds of the actions
     **dict.fromkeys(FITTED, "--exploration-range 0.3"),
     "ddpg": "--ou-theta 1 --ou-dt 1 --ou-sigma 0.2 --target-period 1 --tau 0.005 --learning-rate 5e-4",
     "td3": "--exploration-noise 0.2 --learning-rate 3e-4",
@@ -33,27 +36,27 @@ LQR_FLAGS = {  # what episodes of 20 steps and wide bounds of the actions ask fo
 
 
 def runs(env):
-    """`{label: Run}` of all algorithms on an environment with a box of actions."""
+    """`{label: Run}` of all algorithms on an environment with continuous actions."""
 
     def run(algorithm, flags):
         if env == "LQR-v0":
             flags = f"{flags} {LQR_FLAGS.get(algorithm, '')} --gamma {LQR_GAMMA}"
         return Run(algorithm, env, " ".join(flags.split()))
 
-    few = dict.fromkeys(FEWER, "") if env == "Pendulum-v1" else dict(FEWER)
+    flags = dict.fromkeys(SHORTER, "") if env == "Pendulum-v1" else dict(SHORTER)
     if env == "MountainCarContinuous-v0":
-        few["fitted"] += " --num-eval-episodes 32"  # of 999 steps, with a solver at each
+        flags["fitted"] += " --num-eval-episodes 32"  # of 999 steps, each with a call of the solver
     nodes = "--num-nodes 12" if env.endswith("-misc") else ""  # of a quadrature over two actions
-    fitted = {name: f"{few['fitted']} {nodes * (name == 'soft_fqi')}" for name in FITTED}
+    fitted = {name: f"{flags['fitted']} {nodes * (name == 'soft_fqi')}" for name in FITTED}
     cells = {name: run(name, STEPS[env]) for name in ACTOR_CRITICS}
     cells |= {name: run(name, flags) for name, flags in fitted.items()}
-    cells |= {"svg": run("svg", few["svg"]), "svg learned": run("svg", f"{LEARNED} --iterations-per-epoch 80")}
-    return cells | {"reinforce": run("reinforce", few["reinforce"])}
+    cells |= {"svg": run("svg", flags["svg"]), "svg learned": run("svg", f"{LEARNED} --iterations-per-epoch 80")}
+    return cells | {"reinforce": run("reinforce", flags["reinforce"])}
 
 
 DISCRETE = {
-    "fqi on CartPole-v1": Run("fqi", "CartPole-v1", f"--maximizer exhaustive --gamma 0.99 {FEWER['fitted']}"),
-    "fqi on Acrobot-v1": Run("fqi", "Acrobot-v1", f"--maximizer exhaustive --gamma 0.99 {FEWER['fitted']}"),
+    "fqi on CartPole-v1": Run("fqi", "CartPole-v1", f"--maximizer exhaustive --gamma 0.99 {SHORTER['fitted']}"),
+    "fqi on Acrobot-v1": Run("fqi", "Acrobot-v1", f"--maximizer exhaustive --gamma 0.99 {SHORTER['fitted']}"),
     "reinforce on CartPole-v1": Run("reinforce", "CartPole-v1", "--total-steps 256000 --steps-per-epoch 25600"),
     "reinforce on Acrobot-v1": Run("reinforce", "Acrobot-v1", "--total-steps 256000 --steps-per-epoch 25600"),
 }
@@ -63,19 +66,20 @@ def optimum(env):
     """The best mean return of any policy, of `-K s` on a linear-quadratic system; None where it is not known."""
     if env in lqr.ENVS:
         return lqr_return(gymnax.make(env)[1])
-    rows = study.read(ROOT / "results" / "optimum.csv")
+    rows = study.read(study.RESULTS / "data" / "optimum.csv")
     values = [float(row["return"]) for row in rows if row["env"] == env]
-    return values[-1] if values else None  # the finest grid's
+    return values[-1] if values else None  # of the finest grid
 
 
 def lqr_return(system):
-    """Expected undiscounted return of an episode of the policy that is best for discount `LQR_GAMMA`."""
+    """Expected undiscounted return of an episode of the policy that is optimal for discount `LQR_GAMMA`."""
     K = lqr.solve(system, LQR_GAMMA).K
     A, B, Q, R, noise = (np.asarray(x, np.float64) for x in (system.A, system.B, system.Q, system.R, system.noise))
-    closed, cost, covariance, total = A - B @ K, Q + K.T @ R @ K, np.eye(len(A)) / 3, 0.0  # of [-1, 1]: 1/3
+    closed_loop, cost, total = A - B @ K, Q + K.T @ R @ K, 0.0
+    covariance = np.eye(len(A)) / 3  # of starts uniform in [-1, 1]
     for _ in range(system.max_steps_in_episode):
         total -= np.trace(cost @ covariance)
-        covariance = closed @ covariance @ closed.T + noise @ noise.T
+        covariance = closed_loop @ covariance @ closed_loop.T + noise @ noise.T
     return total
 
 
@@ -89,14 +93,14 @@ NAMES = {"svg": "svg, true model", "svg learned": "svg, learned model"}
 
 
 def draw(env, rows):
-    """A panel for each family of algorithms, all with one axis of returns."""
-    page, panels = study.figure(11, 3.6, 1, len(PANELS), sharey=True)
+    """A panel for each family of algorithms, all with the same axis of returns."""
+    page, panels = drawing.figure(11, 3.6, 1, len(PANELS), sharey=True)
     present = study.labels(rows)
     for axes, (title, (algorithms, unit, per)) in zip(panels[0], PANELS.items(), strict=True):
         for label in filter(present.__contains__, algorithms):
-            style = {"color": plot.COLOURS[label.split()[0]], "linestyle": "--" if label == "svg learned" else "-"}
-            study.draw_curve(axes, rows, label, NAMES.get(label, label), per=per, **style)
-        study.optimum_line(axes, optimum(env))
+            style = {"color": drawing.algorithm_color(label), "linestyle": "--" if label == "svg learned" else "-"}
+            drawing.draw_curve(axes, rows, label, NAMES.get(label, label), per=per, **style)
+        drawing.draw_optimum(axes, optimum(env))
         axes.set(title=title, xlabel=unit)
         if "log" in unit:
             axes.set_xscale("log")
@@ -112,15 +116,19 @@ def draw(env, rows):
     return page
 
 
-def report(env, note, rows):
-    """What came out: the table, and how far the best is from the optimum."""
-    steps = {label: study.returns(rows, label)[0][-1] for label in study.labels(rows)}
-    unit = lambda label: f"{steps[label]:,.0f} {'iterations' if label in FITTED else 'steps'}"
+def notes(env, note, rows):
+    """The best algorithm and the optimum, where it is known, before a note."""
     best = max(study.labels(rows), key=lambda label: plot.iqm(study.final(rows, label)))
     value, limit = plot.iqm(study.final(rows, best)), optimum(env)
-    far = "" if limit is None else f", where the best policy has {limit:.1f}"
-    text = f"The highest interquartile mean at the end is that of {best}, {value:.1f}{far}. {note}"
-    return "\n".join([text, "", study.return_table(rows, trained_for=unit)])
+    known = "" if limit is None else f"; the optimum is {limit:.1f}"
+    return f"The highest final interquartile mean is that of {best}, {value:.1f}{known}. {note}"
+
+
+def table(rows):
+    """Returns, and how long each algorithm was trained."""
+    length = {label: study.returns(rows, label)[0][-1] for label in study.labels(rows)}
+    trained = lambda label: f"{length[label]:,.0f} {'iterations' if label in FITTED else 'steps'}"
+    return study.return_table(rows, first="algorithm", trained_for=trained)
 
 
 QUICK = {  # every algorithm somewhere
@@ -137,24 +145,26 @@ def experiment(env, note, episodes="128 episodes"):
     """The learning curves on one environment."""
     return Experiment(
         title=f"Learning curves: {env}",
+        question=f"How fast does each algorithm learn {env}, and how well?",
         cells=runs(env),
-        measure=study.learning_curves,
-        draw=lambda rows: draw(env, rows),
-        report=lambda rows: report(env, note, rows),
-        quick=lambda cells: study.smaller(cells, *QUICK[env]),
-        sample=study.sample(episodes=episodes),
+        measure=training.learning_curves,
+        notes=functools.partial(notes, env, note),
+        table=table,
+        draw=functools.partial(draw, env),
+        quick=lambda cells: training.smaller(cells, *QUICK[env]),
+        sample=study.returns_sample(episodes=episodes),
     )
 
 
 def draw_discrete(rows):
     """A panel for each algorithm and environment."""
     labels = study.labels(rows)
-    page, panels = study.figure(2.8 * len(labels), 3.2, 1, len(labels))
+    page, panels = drawing.figure(2.8 * len(labels), 3.2, 1, len(labels))
     for axes, label in zip(panels[0], labels, strict=True):
-        algorithm, _, env = label.split()
+        algorithm, env = study.split(label)
         per, unit = (1, "iterations") if algorithm in FITTED else (1e3, "environment steps (thousands)")
-        study.draw_curve(axes, rows, label, algorithm, per=per, color=plot.COLOURS[algorithm])
-        study.optimum_line(axes, 500 if env == "CartPole-v1" else None)  # a reward of 1 for each of 500 steps at most
+        drawing.draw_curve(axes, rows, label, algorithm, per=per, color=drawing.algorithm_color(label))
+        drawing.draw_optimum(axes, 500 if env == "CartPole-v1" else None)  # reward 1 in each of at most 500 steps
         axes.set(title=label, xlabel=unit)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -162,36 +172,30 @@ def draw_discrete(rows):
     return page
 
 
-def report_discrete(rows):
-    """What came out."""
-    text = (
-        "Where actions are few, fitted Q-iteration tries them all, and REINFORCE samples them. Fitted Q-iteration "
-        "learns from 20,000 random steps alone, which end before they have seen what a good policy sees."
-    )
-    return "\n".join([text, "", study.return_table(rows)])
-
-
-DISCRETE_EXPERIMENT = Experiment(
-    title="Learning curves: discrete actions",
-    cells=DISCRETE,
-    measure=study.learning_curves,
-    draw=draw_discrete,
-    report=report_discrete,
-    quick=lambda cells: study.smaller(cells, "fqi on CartPole-v1", "reinforce on CartPole-v1"),
-    sample=study.sample(),
-)
 EXPERIMENTS = {
-    "curves_pendulum": experiment("Pendulum-v1", "Fitted-Q learns from 20,000 random steps alone."),
+    "curves_pendulum": experiment("Pendulum-v1", "Fitted Q-iteration has only 20,000 random steps to learn from."),
     "curves_mountain_car": experiment(
         "MountainCarContinuous-v0",
-        "A return of 0 is to stand still and never have seen the top of the hill, where the only reward is.",
-        episodes="128 episodes, 32 where base points are fitted",
+        "The only reward is at the top of the hill; a return near 0 is a policy that stands still because exploration "
+        "never reached it.",
+        episodes="128 episodes, 32 for the fitted algorithms",
     ),
     "curves_point_robot": experiment(
-        "PointRobot-misc", "The goal is hidden from the policy, which can but search for it in the dark."
+        "PointRobot-misc", "The goal is not observed, so the policy can only search for it."
     ),
-    "curves_reacher": experiment("Reacher-misc", "SVG differentiates the true model over many more steps."),
-    "curves_swimmer": experiment("Swimmer-misc", "SVG differentiates the true model over many more steps."),
-    "curves_lqr": experiment("LQR-v0", "The dashed line is the Riccati gain's expected return, in closed form."),
-    "curves_discrete": DISCRETE_EXPERIMENT,
+    "curves_reacher": experiment("Reacher-misc", "SVG differentiates the true model, and takes many more steps."),
+    "curves_swimmer": experiment("Swimmer-misc", "SVG differentiates the true model, and takes many more steps."),
+    "curves_lqr": experiment("LQR-v0", "The dashed line is the expected return of the Riccati gain, in closed form."),
+    "curves_discrete": Experiment(
+        title="Learning curves: discrete actions",
+        question="How fast do fitted Q-iteration and REINFORCE learn with discrete actions, and how well?",
+        cells=DISCRETE,
+        measure=training.learning_curves,
+        notes="With few actions fitted Q-iteration evaluates all of them, and REINFORCE samples one. Fitted "
+        "Q-iteration learns from 20,000 random steps, which contain few of the states that a good policy visits.",
+        table=study.return_table,
+        draw=draw_discrete,
+        quick=lambda cells: training.smaller(cells, "fqi on CartPole-v1", "reinforce on CartPole-v1"),
+        sample=study.returns_sample(),
+    ),
 }

@@ -1,22 +1,22 @@
-"""What `algorithms/gradient_estimators.py` samples, and what Gumbel-softmax's temperature trades.
+"""Samples of `algorithms/gradient_estimators.py` against densities, and the bias and variance of Gumbel-softmax.
 
-`distributions`: histograms of samples beside the densities; of Gumbel-softmax over three categories the samples
-themselves. `gumbel_softmax`: of the derivative of E[f(z)] with respect to three logits, z one-hot and f(z) = q z with
-q = (1, 0, 2), the squared bias and the variance of one sample's pathwise estimate through Gumbel-softmax over its
-temperature, beside the score function through Gumbel-max, which has no bias. The true derivative is a sum over the
-three values of z.
+`distributions`: histograms of samples beside the densities; for Gumbel-softmax over three categories, the samples
+themselves. `gumbel_softmax`: estimates of the derivative of E[f(z)] with respect to three logits, where z is one-hot
+and f(z) = q z with q = (1, 0, 2). Compared are the squared bias and the variance of a pathwise estimate from one sample
+of Gumbel-softmax, over its temperature, and those of the score function with Gumbel-max, which is unbiased. The true
+derivative is a sum over the three values of z.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import study
+from experiments import drawing, study
+from experiments.drawing import BLUE, GREEN, ORANGE
+from experiments.study import Experiment
 from jax import lax, random
-from study import Experiment
 
-from algorithms import gradient_estimators as ge
+from amortax.algorithms import gradient_estimators as ge
 
-BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # told apart by the colour-blind
 LOGITS = np.array([0.5, 0.0, -1.0], np.float32)
 VALUES = np.array([1.0, 0.0, 2.0], np.float32)
 COVARIANCE = np.array([[1.0, 0.8], [0.8, 1.0]], np.float32)
@@ -38,9 +38,9 @@ PANELS = {  # name in the algorithm's file, parameters, range
 
 
 def measure_panel(cell):
-    """Rows of the place `x`, `y` of a bin, or of a sample on the simplex, and both densities there.
+    """Rows with the center `x`, `y` of a bin and both densities there, or with a sample on the simplex.
 
-    `density` is its mean over the bin, which is what the samples of a bin tell.
+    `density` is the mean over the bin, which the samples in a bin estimate.
     """
     (name, params, limits), num_samples = cell
     distribution, key = getattr(ge, name), random.key(0)
@@ -70,34 +70,35 @@ def measure_panel(cell):
     return [{"x": text(x), "y": text(y), "samples": text(s), "density": text(d)} for (x, y), s, d in found]
 
 
-def column(rows, label, name):
-    """A column of a label."""
-    return np.array([row[name] for row in rows if row["label"] == label])
+def columns(rows, label, *names):
+    """Columns of a label; entries may be empty."""
+    chosen = [row for row in rows if row["label"] == label]
+    return (np.array([row[name] for row in chosen]) for name in names)
 
 
 def draw_panels(rows):
     """A panel for each distribution."""
     labels = study.labels(rows)
-    page, panels = study.figure(10, 2.9 * -(-len(labels) // 3), -(-len(labels) // 3), 3)
+    page, panels = drawing.figure(10, 2.9 * -(-len(labels) // 3), -(-len(labels) // 3), 3)
     for axes in panels.ravel()[len(labels) :]:
         axes.set_axis_off()
     for axes, label in zip(panels.ravel(), labels, strict=False):
         kind = draw_simplex if label.startswith(SIMPLEX) else draw_plane if label.startswith(PLANE) else draw_line
-        kind(axes, *(column(rows, label, name) for name in ("x", "y", "samples", "density")))
+        kind(axes, *columns(rows, label, "x", "y", "samples", "density"))
         axes.set_title(label, fontsize="medium")
     panels[0][0].legend(fontsize="small")
     return page
 
 
 def draw_line(axes, x, _, samples, density):
-    """Shares of the samples as bars, the density as a line."""
+    """The histogram of the samples, the density as a line."""
     axes.bar(x, samples, x[1] - x[0], color=BLUE, alpha=0.4, label="samples")
     axes.plot(x, density, color="black", label="density")
     axes.set(xlabel="x", ylabel="density (1 / unit of x)", ylim=(0, None))
 
 
 def draw_plane(axes, x, y, samples, density):
-    """Shares of the samples as shades, and lines of equal density."""
+    """The histogram of the samples as shades, and lines of equal density."""
     side = np.unique(x)
     x, y, samples, density = (values.reshape(len(side), -1) for values in (x, y, samples, density))
     mesh = axes.pcolormesh(x, y, samples, cmap="Blues", shading="nearest")
@@ -107,45 +108,54 @@ def draw_plane(axes, x, y, samples, density):
 
 
 def draw_simplex(axes, second, third, *_):
-    """Samples over three categories, on the triangle that holds them."""
+    """Samples over three categories, on the simplex as a triangle."""
     corners = np.array([[0, 0], [1, 0], [0.5, np.sqrt(3) / 2]])
     axes.scatter(*(np.stack([1 - second - third, second, third], axis=1) @ corners).T, s=5, color=ORANGE, alpha=0.6)
     axes.plot(*corners[[0, 1, 2, 0]].T, color="black", linewidth=1)
     probabilities = np.exp(LOGITS) / np.exp(LOGITS).sum()
     for i, corner in enumerate(corners):
-        place = {"xytext": (0, -5 if i < 2 else 4), "textcoords": "offset points"}
-        axes.annotate(f"π = {probabilities[i]:.2f}", corner, **place, ha="center", va="top" if i < 2 else "bottom")
+        offset = {"xytext": (0, -5 if i < 2 else 4), "textcoords": "offset points"}
+        axes.annotate(f"π = {probabilities[i]:.2f}", corner, **offset, ha="center", va="top" if i < 2 else "bottom")
     axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-0.2, 1.2), ylim=(-0.14, 1.02))
 
 
-def report_panels(rows):
-    """How far the samples are from the densities."""
-    lines, shares = [], []
+def misplaced(rows):
+    """For each distribution with bins: percent of the samples that would have to move for the histogram to fit."""
+    percents = {}
     for label in study.labels(rows):
-        if label.startswith(SIMPLEX):
-            continue
-        x, samples, density = (column(rows, label, name) for name in ("x", "samples", "density"))
-        width = np.diff(np.unique(x)).mean()
-        shares.append(50 * np.abs(samples - density).sum() * width ** (2 if label.startswith(PLANE) else 1))
-        lines.append([label, f"{shares[-1]:.2f} %"])
-    text = (
-        f"Of the samples at most {max(shares):.2f} % would have to move to another bin for the histogram to be that of "
-        "the density, which chance alone asks of some. A point of a triangle is a sample of Gumbel-softmax, its "
-        "corners are the categories with their probabilities: the lower the temperature, the closer to a corner."
+        if not label.startswith(SIMPLEX):
+            x, samples, density = columns(rows, label, "x", "samples", "density")
+            width = np.diff(np.unique(x)).mean() ** (2 if label.startswith(PLANE) else 1)
+            percents[label] = 50 * np.abs(samples - density).sum() * width
+    return percents
+
+
+def notes_on_panels(rows):
+    """How far the samples are from the densities."""
+    return (
+        f"At most {max(misplaced(rows).values()):.2f} % of the samples would have to move to another bin for the "
+        "histogram to match the density; some mismatch is sampling error. Each point in a triangle is a sample of "
+        "Gumbel-softmax, and the corners are the categories with their probabilities: the lower the temperature, the "
+        "closer the samples are to the corners."
     )
-    return "\n".join([text, "", study.table(["distribution", "samples in another bin"], lines)])
+
+
+def table_of_panels(rows):
+    """Samples in the wrong bin."""
+    lines = [[label, f"{percent:.2f} %"] for label, percent in misplaced(rows).items()]
+    return study.table(["distribution", "samples in another bin"], lines)
 
 
 # Gumbel-softmax: bias and variance
 
 
 def value(z, theta):
-    """A value for each category, which depends on theta through z alone."""
+    """A value for each category, which depends on theta only through z."""
     return z @ VALUES
 
 
 def bias_and_variance(estimator, distribution, num_samples):
-    """Squared bias and variance of one sample's estimate, each summed over the logits."""
+    """Squared bias and variance of an estimate from one sample, each summed over the logits."""
     noise = distribution.noise(random.key(0), (num_samples, 1, 3))
     one = lambda noise: estimator(value, distribution, jnp.asarray(LOGITS), noise)
     estimates = np.asarray(jax.jit(lambda: lax.map(one, noise, batch_size=1000))(), np.float64)
@@ -154,7 +164,7 @@ def bias_and_variance(estimator, distribution, num_samples):
 
 
 def at_temperature(temperature):
-    """Gumbel-softmax with the logits alone for parameters."""
+    """Gumbel-softmax of fixed temperature, whose parameters are the logits alone."""
     return ge.Distribution(
         ge.GUMBEL_SOFTMAX.noise,
         lambda logits, noise: ge.gumbel_softmax_sample((logits, temperature), noise),
@@ -163,7 +173,7 @@ def at_temperature(temperature):
 
 
 def measure_trade_off(cell):
-    """The row of a temperature and a number of samples; without a temperature that of the score function."""
+    """The row of a temperature and a number of samples; without a temperature, that of the score function."""
     temperature, num_samples = cell
     if temperature:
         found = bias_and_variance(ge.reparameterized, at_temperature(temperature), num_samples)
@@ -181,7 +191,7 @@ def trade_off_cells(temperatures, num_samples):
 
 def draw_trade_off(rows):
     """Bias and variance over temperature."""
-    page, ((axes,),) = study.figure(7.5, 4.5)
+    page, ((axes,),) = drawing.figure(7.5, 4.5)
     (score,) = (row for row in rows if row["temperature"] == "")
     names = "temperature", "squared_bias", "variance", "samples"
     t, bias, variance, samples = np.array([[row[name] for name in names] for row in rows if row["temperature"] != ""]).T
@@ -200,48 +210,51 @@ def draw_trade_off(rows):
     return page
 
 
-def report_trade_off(rows):
-    """Which temperature is best for 100 samples, and whether it is better than the score function."""
+def notes_on_trade_off(rows):
+    """The best temperature for 100 samples, and whether it is better than the score function."""
     error = lambda row: row["squared_bias"] + row["variance"] / 100
     (score,) = (row for row in rows if row["temperature"] == "")
     best = min((row for row in rows if row["temperature"] != ""), key=error)
-    text = (
-        f"From 100 samples the MSE is least at temperature {best['temperature']:.2f}: {error(best):.4f}, "
-        f"where the score function, which has no bias, has {error(score):.4f}. The derivative is that of E[f(z)] with "
-        "respect to the logits of a categorical z; squared biases as small as the sampling error say nothing."
+    return (
+        f"With 100 samples the MSE is lowest at temperature {best['temperature']:.2f}: {error(best):.4f}; that of the "
+        f"score function, which is unbiased, is {error(score):.4f}. The derivative is that of E[f(z)] with respect to "
+        "the logits of a categorical z; squared biases of the size of the sampling error are not significant."
     )
-    lines = [
-        [
-            row["label"],
-            f"{row['squared_bias']:.7f}",
-            f"{row['variance'] / row['samples']:.1e}",
-            f"{row['variance']:.5f}",
-        ]
-        for row in rows
-    ]
-    header = ["estimator", "squared bias", "its sampling error", "variance of one sample"]
-    return "\n".join([text, "", study.table(header, lines)])
 
 
+def table_of_trade_off(rows):
+    """Bias, its sampling error and variance of every estimator."""
+    lines = []
+    for row in rows:
+        bias, error = f"{row['squared_bias']:.7f}", f"{row['variance'] / row['samples']:.1e}"
+        lines.append([row["label"], bias, error, f"{row['variance']:.5f}"])
+    return study.table(["estimator", "squared bias", "its sampling error", "variance of one sample"], lines)
+
+
+SOURCES = ("algorithms/gradient_estimators.py", "results/experiments/distributions.py")
 EXPERIMENTS = {
     "distributions": Experiment(
-        title="Distributions whose samples can be differentiated",
+        title="Distributions with differentiable samples",
+        question="Do the reparameterized samples follow their densities?",
         cells={label: (panel, 1_000_000) for label, panel in PANELS.items()},
         measure=measure_panel,
-        report=report_panels,
+        notes=notes_on_panels,
+        table=table_of_panels,
         draw=draw_panels,
         quick=lambda cells: {label: (cells[label][0], 1000) for label in (*list(cells)[:1], *list(cells)[5:7])},
-        sources=("distributions",),
-        sample="a million samples of each, 200 of Gumbel-softmax",
+        sources=SOURCES,
+        sample="a million samples each, 200 of Gumbel-softmax",
     ),
     "gumbel_softmax": Experiment(
         title="Gumbel-softmax: bias and variance over temperature",
+        question="Which temperature of Gumbel-softmax gives the best gradient estimate?",
         cells=trade_off_cells(TEMPERATURES, 1_000_000),
         measure=measure_trade_off,
-        report=report_trade_off,
+        notes=notes_on_trade_off,
+        table=table_of_trade_off,
         draw=draw_trade_off,
         quick=lambda _: trade_off_cells(TEMPERATURES[::6], 2000),
-        sources=("distributions",),
-        sample="a million samples of each",
+        sources=SOURCES,
+        sample="a million samples each",
     ),
 }

@@ -1,0 +1,74 @@
+"""Films: frames of an episode, drawn by Gymnasium, by the environment itself or as curves, and GIFs of them."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from amortax.common import envs
+
+FRAME_MS = 50  # one frame per step; Pendulum-v1 then moves in real time
+
+# the state that Gymnasium renders, by gymnax's names
+GYMNASIUM_STATE = {"Pendulum-v1": ("theta", "theta_dot"), "MountainCarContinuous-v0": ("position", "velocity")}
+
+
+def draw_as_gymnasium(name, env_states):
+    """Frames of gymnax states, rendered by Gymnasium's environment of the same name."""
+    env = envs.make_gymnasium(name, "rgb_array")
+    env.reset()
+    frames = []
+    for env_state in env_states:
+        env.unwrapped.state = np.array([getattr(env_state, field) for field in GYMNASIUM_STATE[name]], float)
+        env.unwrapped.last_u = getattr(env_state, "last_u", None)  # the torque, which Pendulum-v1 draws as an arrow
+        frames.append(to_frame(env.render()))
+    env.close()
+    return frames
+
+
+def draw_itself(env, env_params, env_state):
+    """A frame by the environment's own `render(state, env_params) -> (figure, axes)`, which PointRobot-misc has."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")  # there may be no screen
+    figure, _ = env.render(env_state, env_params)
+    figure.canvas.draw()
+    frame = to_frame(np.array(figure.canvas.buffer_rgba())[..., :3])
+    plt.close(figure)
+    return frame
+
+
+def draw_observations(name, obs, rewards):
+    """Frames of an environment that cannot be rendered: curves of `obs [n, ...]` and `rewards [n]`, a moving cursor."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    lines = upper.plot(obs.reshape(len(obs), -1))[:12]  # more would not fit into the legend
+    upper.legend(lines, range(len(lines)), fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    upper.set(title=name, ylabel="observation")
+    lower.plot(rewards, color="black")
+    lower.set(xlabel="step", ylabel="reward")
+    canvas.draw()
+    page = np.array(canvas.buffer_rgba())[..., :3]
+    frames = []
+    for i in range(len(obs)):  # the page is drawn once: only the cursor differs between frames
+        frame, x = page.copy(), round(float(lower.transData.transform((i, 0))[0]))
+        frame[:, x : x + 2] = (214, 39, 40)
+        frames.append(to_frame(frame))
+    return frames
+
+
+def to_frame(pixels):
+    """Bytes `[height, width, 3]` as an image of 32 colors, which takes a third of the memory."""
+    # octree: Pillow's default, median cut, takes six times as long
+    return Image.fromarray(pixels).quantize(32, method=Image.Quantize.FASTOCTREE)
+
+
+def encode_gif(frames):
+    """The bytes of a looping GIF; repeated frames are merged into a longer one."""
+    data = io.BytesIO()
+    frames[0].save(data, format="GIF", save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
+    return data.getvalue()

@@ -1,0 +1,205 @@
+"""Compiled programs, and a round: the runs that they train at once, so many on each device.
+
+`init` and `epoch` are compiled with the state donated, as programs of one device, and called on every device: on a CPU
+(a device a core) with one run at a time, on a GPU with all runs of the device vmapped. A program over all devices would
+be a different one to XLA, and round differently; so on a CPU a run is bitwise the same whatever the number of runs,
+devices and processes.
+"""
+
+import concurrent.futures
+import functools
+import math
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from amortax.common import cli, devices
+
+
+class Programs(NamedTuple):
+    """`init` and `epoch`, compiled for each of this process's devices in use; both batch `runs_per_device` runs."""
+
+    init: list  # for each local device: (configs, seeds) -> states
+    epoch: list  # for each local device: (configs, states) -> (states, metrics, finite)
+    local_devices: list  # the devices in use of this process
+    devices: list  # the devices in use of all processes, in the order of the runs that they hold
+    runs_per_device: int
+
+    @property
+    def round_size(self):
+        """How many runs are trained at once."""
+        return len(self.devices) * self.runs_per_device
+
+
+class Round(NamedTuple):
+    """What the runs of a round differ in, a list entry for each local device; padded with copies of the last run."""
+
+    run_indices: list  # the runs that a device holds, as indices into the round, without the copies
+    configs: list  # leaves [runs_per_device]
+    seeds: list  # [runs_per_device]
+
+
+def compile_programs(config, init, epoch, num_runs, runs_per_device=None):
+    """Compile `init` and `epoch` for `num_runs` runs whose configurations differ from `config` in their leaves.
+
+    By default a device of a CPU holds one run, another device as many as it takes to train all at once. `epoch` also
+    returns `finite [runs_per_device]`: whether all learned parameters are.
+    """
+    cpu = jax.default_backend() == "cpu"
+    if runs_per_device is None:
+        runs_per_device = 1 if cpu else math.ceil(num_runs / jax.device_count())
+    used = devices.choose(math.ceil(num_runs / runs_per_device))
+    local = [device for device in used if device.process_index == jax.process_index()]
+    options = devices.cpu_compiler_options() if cpu else None
+    compile_each = functools.partial(compile_for_each, local, runs_per_device, options)
+
+    def seeded_init(config, seed):
+        return init(config, jax.random.key(seed))
+
+    def checked_epoch(config, state):
+        state, metrics = epoch(config, state)
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
+        return state, metrics, finite
+
+    configs = jax.tree.map(lambda x: np.zeros((), leaf_type(x)), config)
+    state = jax.eval_shape(init, config, jax.random.key(0))
+    compiled = compile_each(seeded_init, configs, np.int32(0)), compile_each(checked_epoch, configs, state)
+    return Programs(*compiled, local, used, runs_per_device)
+
+
+def compile_for_each(local_devices, runs_per_device, compiler_options, function, *arguments):
+    """`function`, batched over runs and compiled for each device, with its second argument donated."""
+    batched = jax.vmap(function) if runs_per_device > 1 else unbatched(function)
+    jitted = jax.jit(batched, donate_argnums=1, compiler_options=compiler_options)
+
+    def lower(device):
+        struct = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+        return jitted.lower(*jax.tree.map(lambda x: struct((runs_per_device, *x.shape), x.dtype), arguments))
+
+    lowered = [lower(device) for device in local_devices]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda x: x.compile(), lowered))
+
+
+def unbatched(function):
+    """`function` with a leading axis [1] on all arguments and results, as the program of one run.
+
+    By reshapes, not slices: the donated buffer must not be copied.
+    """
+
+    def of_one(*batched):
+        one = function(*jax.tree.map(lambda x: x.reshape(x.shape[1:]), batched))
+        return jax.tree.map(lambda x: x.reshape(1, *x.shape), one)
+
+    return of_one
+
+
+def compile_to_fit(config, init, epoch, num_runs, limit):
+    """Programs with as many runs on a device as `limit` bytes hold; fails where they do not hold one."""
+    programs = compile_programs(config, init, epoch, num_runs)
+    needed = memory(programs)
+    while needed > limit and programs.runs_per_device > 1:
+        fitting = min(programs.runs_per_device - 1, int(programs.runs_per_device * limit / needed))
+        programs = compile_programs(config, init, epoch, num_runs, max(1, fitting))
+        needed = memory(programs)
+    if needed > limit:
+        cli.fail(f"a run needs {needed / 2**30:.1f} GiB of its device; {limit / 2**30:.1f} GiB are available")
+    return programs
+
+
+def memory(programs):
+    """Bytes on a device while it trains: the states of its runs and what advancing them takes besides."""
+    sizes = programs.epoch[0].memory_analysis()
+    total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    return total - sizes.alias_size_in_bytes
+
+
+def leaf_type(x):
+    """The type of a hyperparameter on a device."""
+    return np.float32 if isinstance(x, float) else jnp.result_type(x)
+
+
+def positions(programs):
+    """For each local device, the positions in a round of the runs that it holds."""
+    size = programs.runs_per_device
+    return [range(i * size, i * size + size) for i, x in enumerate(programs.devices) if x in programs.local_devices]
+
+
+def padded(positions, num_runs):
+    """The indices of the runs at these positions: beyond the last run, copies of it."""
+    return np.minimum(positions, num_runs - 1)
+
+
+def place(programs, configs, seeds):
+    """The `Round` of at most `programs.round_size` runs, given by lists of their configurations and seeds."""
+    on_devices = Round([], [], [])
+    for device, held in zip(programs.local_devices, positions(programs), strict=True):
+        rows = padded(held, len(seeds))
+        stacked = jax.tree.map(lambda *x: np.array(x, leaf_type(x[0])), *(configs[i] for i in rows))
+        on_devices.run_indices.append([i for i in held if i < len(seeds)])
+        on_devices.configs.append(jax.device_put(stacked, device))
+        on_devices.seeds.append(jax.device_put(np.array([seeds[i] for i in rows], np.int32), device))
+    return on_devices
+
+
+def start(programs, batch):
+    """The states of a round after `init`: a list, one entry for each local device."""
+    return [init(*inputs) for init, *inputs in zip(programs.init, batch.configs, batch.seeds, strict=True)]
+
+
+def advance(programs, batch, states):
+    """Train one epoch: `(states, [(metrics, finite)])`, the latter on the host with leading axes [runs_per_device]."""
+    outs = []
+    for i, epoch in enumerate(programs.epoch):
+        states[i], *out = epoch(batch.configs[i], states[i])  # returns at once, while the device works
+        outs.append(out)
+    while not all(x.is_ready() for x in jax.tree.leaves(outs)):
+        time.sleep(0.005)  # signals are handled between two looks
+    return states, jax.device_get(outs)
+
+
+def by_run(batch, trees):
+    """`{run index: tree}` from a list with one entry, of leading axis [runs_per_device], for each local device."""
+    return {
+        index: jax.tree.map(lambda x, k=k: x[k], tree)
+        for indices, tree in zip(batch.run_indices, trees, strict=True)
+        for k, index in enumerate(indices)
+    }
+
+
+# Checkpoints
+
+
+def num_arrays(programs):
+    """How many arrays `to_arrays` makes."""
+    return len(jax.tree.leaves(programs.init[0].out_info))
+
+
+def is_key(x):
+    """Whether `x` holds random keys."""
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def to_arrays(programs, states):
+    """The states as a list of arrays `[round_size, ...]` over all devices in use, random keys as their data."""
+    sharding = NamedSharding(Mesh(np.array(programs.devices), ("run",)), PartitionSpec("run"))
+    leaves = [[jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(state)] for state in states]
+    return [
+        jax.make_array_from_single_device_arrays((programs.round_size, *parts[0].shape[1:]), sharding, list(parts))
+        for parts in zip(*leaves, strict=True)
+    ]
+
+
+def from_arrays(programs, arrays, num_runs):
+    """The states of the first `num_runs` runs of `arrays`, which `to_arrays` made for any number of devices."""
+    like, structure = jax.tree.flatten(programs.init[0].out_info)
+    states = []
+    for device, held in zip(programs.local_devices, positions(programs), strict=True):
+        leaves = [jax.device_put(x[padded(held, num_runs)], device) for x in arrays]
+        leaves = [jax.random.wrap_key_data(x) if is_key(y) else x for x, y in zip(leaves, like, strict=True)]
+        states.append(jax.tree.unflatten(structure, leaves))
+    return states

@@ -1,0 +1,1 @@
+"""Experiments: each module has a dict EXPERIMENTS, which `results/reproduce.py` runs by name."""
