@@ -190,7 +190,10 @@ def maximize_lbfgs(config, critic_params, obs, key):
         updates, opt_state = solver.update(grad, opt_state, u, value=value, grad=grad, value_fn=loss)
         return (optax.apply_updates(u, updates), opt_state), None
 
-    ascend = lambda u: jnp.sin(lax.scan(step, (u, solver.init(u)), length=config.maximizer_steps)[0][0])
+    def ascend(u):
+        (u, _), _ = lax.scan(step, (u, solver.init(u)), length=config.maximizer_steps)
+        return jnp.sin(u)
+
     starts = random.uniform(key, (config.num_candidates, make_env(config.env).action_dim), minval=-1, maxval=1)
     return best(functools.partial(critic, config, critic_params, obs), jax.vmap(ascend)(jnp.arcsin(starts)))
 
@@ -296,8 +299,8 @@ def greedy(config, params, obs):
 
 def random_policy(config, params, obs, key):
     """Uniformly random actions within `exploration_range`."""
-    shape = (*obs.shape[:-1], make_env(config.env).action_dim)
-    return project(config, config.exploration_range * random.uniform(key, shape, minval=-1, maxval=1))
+    shape, bound = (*obs.shape[:-1], make_env(config.env).action_dim), config.exploration_range
+    return project(config, random.uniform(key, shape, minval=-bound, maxval=bound))
 
 
 def project(config, action):
@@ -418,13 +421,13 @@ def load(config):
 def iteration(config, state):
     """One fit of the critic to its own targets: `State`."""
     key, key_target, key_critic, key_delta = random.split(state.key, 4)
-    batch, old = state.base_points, state.params.critic
-    target = td_target(config, state.params, batch, key_target)
-    critic_params = fit_critic(config, old, batch, target, key_critic)
+    batch, old = state.base_points, state.params
+    target = td_target(config, old, batch, key_target)
+    critic_params = fit_critic(config, old.critic, batch, target, key_critic)
     action = project(config, random.uniform(key_delta, batch.action.shape, minval=-1, maxval=1))
-    change = critic(config, critic_params, batch.obs, action) - critic(config, old, batch.obs, action)
+    q, q_new = (critic(config, params, batch.obs, action) for params in (old.critic, critic_params))
     losses = critic_loss(critic_params, config, batch, target)
-    params, delta = Params(critic_params), jnp.square(change).mean()
+    params, delta = Params(critic_params), jnp.square(q_new - q).mean()
     return state._replace(params=params, iteration=state.iteration + 1, delta=delta, losses=losses, key=key)
 
 

@@ -1,16 +1,16 @@
-"""Fitted Q-iteration with amortized optimization: a policy network predicts the maximisers that a solver would find.
+"""Fitted Q-iteration with amortized optimization: a policy network predicts the maximizers that a solver would find.
 
-Each iteration solves for the maximising action at a part of the base points only. A policy is fitted to the solutions
-of the last iterations, a sliding window, and stands in for the solver everywhere else.
+Each iteration solves for the maximizing action at a fraction of the base points. The policy, `d` below and `pi` in most
+papers, regresses onto the solutions of the last iterations, a sliding window, and replaces the solver elsewhere.
 
     collect base points B = {(s, a, r, s', terminated)} with uniformly random actions; B_opt: exact_fraction of them
-    initialise q, policy d, an empty window D_d
+    initialize critic q, actor d, an empty window D_d
     repeat until max(delta_q, delta_d) < tolerance or num_iterations iterations, n = 0, 1, ...:
         for each base point: a* = maximize(q(s', .)) if it is in B_opt, else d(s')
                              y  = r + gamma * (1 - terminated) * q(s', a*)
         D_d <- D_d and (s', a*, n) of B_opt, without what is older than n - window
-        q_new <- fit: minimise mean (q_new(s, a) - y)^2 over B, from the parameters of q or from scratch
-        d     <- fit: minimise mean |a* - d(s')|^2 over D_d, likewise
+        q_new <- minimize mean (q_new(s, a) - y)^2 over B, from the parameters of q or from scratch
+        d     <- minimize mean |a* - d(s')|^2 over D_d, likewise
         delta_q <- mean (q_new(s, a) - q(s, a))^2 over B;  delta_d <- mean |a* - d(s')|^2 over D_d
         q <- q_new
     act by d(s)
@@ -19,15 +19,17 @@ Sources: Ernst, Geurts, Wehenkel, "Tree-Based Batch Mode Reinforcement Learning"
 Riedmiller, "Neural Fitted Q Iteration" (ECML 2005); Amos, "Tutorial on amortized optimization" (Foundations and Trends
 in Machine Learning 16, 2023), section 2.2.1, for regression onto solutions.
 
-Departures, each for a reason:
-- A time limit is no termination: the target bootstraps through it from the last observation before the reset.
-- B_opt is drawn once. Without any of it, exact_fraction = 0, there is nothing to fit the policy to: it stays random.
-- Actions lie in [-1, 1]; those of a Discrete space are coded as vectors of -1 with a 1 in the action's place.
+Differences from the papers:
+- Targets bootstrap through time limits, from the last observation before the reset.
+- B_opt is drawn once. If it is empty, exact_fraction = 0, there is nothing to fit the policy to: it stays random.
+- Actions are scaled to [-1, 1]; Discrete ones are coded as vectors of -1 with a 1 in the action's place.
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
 
 import gymnax
 import jax
@@ -36,50 +38,51 @@ import numpy as np
 import optax
 from jax import lax, random
 
-CHUNK = 1024  # states whose maximisers are sought at once: it bounds the memory
-MAX_GRID = 100_000  # points of a grid over actions, at most
+CHUNK = 1024  # states whose maximizers are computed at once, which bounds the memory
+MAX_GRID = 100_000  # points of a grid over actions
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Hyperparameters. Static fields shape the program; the others are leaves, free to be traced and vmapped."""
+    """Hyperparameters. Static fields set shapes and loop lengths; the others can be traced, vmapped and swept.
 
-    env: str = jax.tree.static(default="Pendulum-v1")  # a registered gymnax environment, Box or Discrete actions
-    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect where no file has them
-    base_points: str = jax.tree.static(default="")  # .npz file to read base points from, or to write if it is absent
-    num_iterations: int = jax.tree.static(default=50)  # fits of the Q-function, at most
-    iterations_per_epoch: int = jax.tree.static(default=10)  # fits between two evaluations
-    num_envs: int = jax.tree.static(default=100)  # environments that step together
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes of an evaluation
+    Base points are rounded up to whole steps of num_envs environments, iterations to whole epochs.
+    """
+
+    env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment, bounded continuous or Discrete actions
+    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, unless read from a file
+    base_points: str = jax.tree.static(default="")  # .npz file of base points: read, or written if it does not exist
+    num_iterations: int = jax.tree.static(default=50)  # fits of the critic, at most
+    iterations_per_epoch: int = jax.tree.static(default=10)  # fits between evaluations
+    num_envs: int = jax.tree.static(default=100)  # environments stepped in parallel
+    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
     approximator: Literal["mlp", "quadratic"] = jax.tree.static(default="mlp")  # network, or quadratic in (s, a)
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
-    fit_steps: int = jax.tree.static(default=1_000)  # Adam steps of a fit
-    batch_size: int = jax.tree.static(default=256)  # base points of an Adam step; all at once where they are no more
+    fit_steps: int = jax.tree.static(default=1_000)  # Adam steps per fit
+    batch_size: int = jax.tree.static(default=256)  # base points per Adam step, or all where there are no more
     from_scratch: bool = jax.tree.static(default=False)  # start each fit from new random weights
-    # solver of the maximum over actions; exhaustive for Discrete ones, the others for a Box
+    # solver of the maximum over actions: exhaustive for Discrete ones, the others for a Box, milp only in commands
     maximizer: Literal["gradient", "lbfgs", "cem", "grid", "exhaustive", "milp"] = jax.tree.static(default="gradient")
-    num_candidates: int = jax.tree.static(default=4)  # starts, population of cem, or points of grid's dimension
+    num_candidates: int = jax.tree.static(default=4)  # starting points, samples of cem, or grid points per dimension
     maximizer_steps: int = jax.tree.static(default=10)  # iterations of gradient, lbfgs and cem
-    exact_fraction: float = jax.tree.static(default=0.1)  # of the base points, where the solver is asked, in [0, 1]
-    window: int = jax.tree.static(
-        default=4
-    )  # iterations before the present one whose solutions the policy is fitted to
-    exploration_range: float = 1.0  # random actions of the base points lie in [-range, range], in (0, 1]
-    learning_rate: float = 1e-3  # Adam's step size, > 0
-    gamma: float = 0.97  # discount per environment step, in [0, 1]
-    ridge: float = 1e-6  # penalty on the squared weights of the quadratic fit, >= 0
-    tolerance: float = 1e-9  # stop when q's change and the policy's error are less than this, mean square, >= 0
+    exact_fraction: Annotated[float, "in [0, 1]"] = jax.tree.static(default=0.1)  # part of the base points to solve at
+    window: Annotated[int, ">= 0"] = jax.tree.static(default=4)  # earlier iterations whose solutions are kept
+    exploration_range: Annotated[float, "in (0, 1]"] = 1.0  # random actions of base points lie in [-range, range]
+    learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size
+    gamma: Annotated[float, "in [0, 1]"] = 0.97  # discount per environment step
+    ridge: Annotated[float, ">= 0"] = 1e-6  # penalty on the squared weights of the quadratic fit
+    tolerance: Annotated[float, ">= 0"] = 1e-9  # stop when delta_q and delta_d are smaller
 
 
 class Transition(NamedTuple):
-    """One step of an environment, or a batch of them."""
+    """One environment step, or a batch of them."""
 
     obs: jax.Array  # [..., obs_dim]
     action: jax.Array  # [..., action_dim], in [-1, 1]
     reward: jax.Array  # [...]
     next_obs: jax.Array  # [..., obs_dim], before any reset
-    terminated: jax.Array  # [...], 1 where the episode ended by itself, 0 elsewhere, also at a time limit
+    terminated: jax.Array  # [...], 0 at a time limit
 
 
 class Params(NamedTuple):
@@ -90,112 +93,43 @@ class Params(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The solver's actions of the last `window + 1` iterations, with their time stamps: a ring.
+    """The solver's actions of the last `window + 1` iterations, a ring buffer; the first iteration fills all of it."""
 
-    The first iteration fills all of it, the later ones a slot each.
-    """
-
-    actions: jax.Array  # [window + 1, num_exact, action_dim], at the first num_exact base points' next_obs
-    iteration: jax.Array  # [window + 1] int32, when they were found
+    actions: jax.Array  # [window + 1, num_exact, action_dim], at next_obs of the first num_exact base points
+    iteration: jax.Array  # [window + 1] int32, in which they were found
 
 
 class State(NamedTuple):
-    """All that one iteration hands to the next."""
+    """Everything carried from one iteration to the next."""
 
     params: Params
     base_points: Transition  # leading axis [num_base_points]
     window: Window
+    step: jax.Array  # [] int32, environment steps so far
     iteration: jax.Array  # [] int32, iterations so far
     delta: jax.Array  # [], the larger of delta_q and delta_d in the last iteration
-    key: jax.Array  # [] random key
+    losses: Any  # (critic_loss, q_value, actor_loss) after the last iteration
+    key: jax.Array  # [] random key of the training
+    key_eval: jax.Array  # [] random key of the evaluations, so that their number does not change the training
 
 
 class Metrics(NamedTuple):
     """What an epoch reports."""
 
     step: jax.Array  # [] int32, environment steps so far
-    eval_returns: jax.Array  # [num_eval_episodes], undiscounted, of the greedy policy
-    value_bias: jax.Array  # [], what the critic expects of the greedy policy at evaluation minus what it gets
+    eval_returns: jax.Array  # [num_eval_episodes], undiscounted, greedy policy
+    critic_loss: jax.Array  # [], mean squared error to the targets of the last iteration
+    q_value: jax.Array  # [], mean on the base points
+    actor_loss: jax.Array  # [], delta_d of the last iteration
     iteration: jax.Array  # [] int32, iterations so far
     delta: jax.Array  # [], the larger of delta_q and delta_d in the last iteration
-    critic_loss: jax.Array  # [], mean squared error on the targets of the last iteration
-    actor_loss: jax.Array  # [], delta_d: mean squared distance from the window's actions in the last iteration
-
-
-# Environment
-
-
-def make_env(config):
-    """Return `(env, env_params, low, high)`, the action bounds as `[action_dim]`; ValueError without finite bounds.
-
-    The codes of n Discrete actions have the bounds -1 and 1 in n dimensions.
-    """
-    env, env_params = gymnax.make(config.env)
-    with jax.ensure_compile_time_eval():
-        space = env.action_space(env_params)
-    if hasattr(space, "n"):
-        return env, env_params, -np.ones(space.n), np.ones(space.n)
-    if not (hasattr(space, "low") and np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-        raise ValueError(f"env={config.env}: its actions must be Discrete or a Box with finite bounds")
-    low, high = (np.broadcast_to(np.asarray(x, float), space.shape).reshape(-1) for x in (space.low, space.high))
-    return env, env_params, low, high
-
-
-def is_discrete(config):
-    """Whether actions are the codes of a Discrete space."""
-    env, env_params, *_ = make_env(config)
-    return hasattr(env.action_space(env_params), "n")
-
-
-def flatten(obs):
-    """Observations `[num_envs, ...]` of any shape and type as floats `[num_envs, obs_dim]`."""
-    return obs.reshape(len(obs), -1).astype(float)
-
-
-def scale_action(config, action):
-    """Map `action [action_dim]` from [-1, 1] affinely to the environment's bounds, in the environment's shape."""
-    env, env_params, low, high = make_env(config)
-    if is_discrete(config):
-        return jnp.argmax(action)
-    return (low + (action + 1) / 2 * (high - low)).reshape(env.action_space(env_params).shape)
-
-
-def project(config, action):
-    """Nearest action that there is: `[..., action_dim]` clipped to [-1, 1], or the code of the largest coordinate."""
-    if is_discrete(config):
-        return 2 * jax.nn.one_hot(jnp.argmax(action, axis=-1), action.shape[-1]) - 1
-    return jnp.clip(action, -1, 1)
-
-
-def env_init(config, key):
-    """Reset `num_envs` environments: `(env_state, obs [num_envs, obs_dim])`."""
-    env, env_params, *_ = make_env(config)
-    obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(random.split(key, config.num_envs), env_params)
-    return env_state, flatten(obs)
-
-
-def env_step(config, env_state, obs, action, key):
-    """Step every environment, resetting the ended: `(env_state, obs [num_envs, obs_dim], Transition, ended)`.
-
-    `Transition` and `ended`, whether an episode is over for either reason, have a leading axis [num_envs].
-    """
-    env, env_params, *_ = make_env(config)
-    keys = random.split(key, config.num_envs)
-    env_action = jax.vmap(scale_action, in_axes=(None, 0))(config, action)
-    next_obs, env_state, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
-        keys, env_state, env_action, env_params
-    )
-    # next_obs may already belong to a new episode
-    final_obs = flatten(info["final_observation"])
-    transition = Transition(obs, action, reward, final_obs, terminated)
-    return env_state, flatten(next_obs), transition, terminated | truncated
 
 
 # Networks
 
 
 def mlp_init(key, sizes):
-    """Layers `[(weights [n, m], biases [m]), ...]` for `sizes`, weights by LeCun's normal rule, biases zero."""
+    """Layers `[(weights [n, m], biases [m]), ...]`, LeCun normal weights and zero biases."""
     keys = random.split(key, len(sizes) - 1)
     normal = jax.nn.initializers.lecun_normal()
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
@@ -216,57 +150,57 @@ def quadratic_features(x):
     return x[..., i] * x[..., j]
 
 
-def critic_init(config, key, obs_dim, action_dim):
-    """Random weights of the network, or zero ones of the quadratic."""
+def actor_init(config, key):
+    """Random weights of the policy."""
+    env = make_env(config.env)
+    return mlp_init(key, (env.obs_dim, *config.hidden_sizes, env.action_dim))
+
+
+def critic_init(config, key):
+    """Random weights of the network, or zeros for the quadratic."""
+    n = make_env(config.env).obs_dim + make_env(config.env).action_dim
     if config.approximator == "quadratic":
-        n = obs_dim + action_dim + 1
-        return jnp.zeros(n * (n + 1) // 2)
-    return mlp_init(key, (obs_dim + action_dim, *config.hidden_sizes, 1))
+        return jnp.zeros((n + 1) * (n + 2) // 2)
+    return mlp_init(key, (n, *config.hidden_sizes, 1))
 
 
-def policy(params, obs):
-    """Policy before it is projected to what there is: `obs [..., obs_dim]` to `[..., action_dim]` in [-1, 1]."""
+def actor(params, obs):
+    """Deterministic policy: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
     return jnp.tanh(mlp(params, obs))
-
-
-def actor(config, params, obs):
-    """Deterministic policy: `obs [..., obs_dim]` to actions `[..., action_dim]` that there are."""
-    return project(config, policy(params, obs))
 
 
 def critic(config, params, obs, action):
     """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
     x = jnp.concatenate([obs, action], axis=-1)
-    if config.approximator == "quadratic":
-        return quadratic_features(x) @ params
-    return mlp(params, x)[..., 0]
+    return quadratic_features(x) @ params if config.approximator == "quadratic" else mlp(params, x)[..., 0]
 
 
-def greedy_value(config, params, obs):
-    """Value of the policy's action: `obs [n, obs_dim]` to `[n]`."""
-    return critic(config, params.critic, obs, actor(config, params.actor, obs))
+# Learning
 
 
-def act(config, params, obs):
-    """Greedy action in the environment's units and shape for one observation of any shape."""
-    return scale_action(config, actor(config, params.actor, flatten(obs[None])[0]))
+def td_target(config, params, batch, key):
+    """Value `[batch]` of the next action, and the solver's actions `[num_exact, action_dim]` at the first points."""
+    n = num_exact(config, len(batch.reward))
+    exact = maximize(config, params.critic, batch.next_obs[:n], key) if n else batch.action[:0]
+    next_action = jnp.concatenate([exact, greedy(config, params, batch.next_obs[n:])])
+    next_q = critic(config, params.critic, batch.next_obs, next_action)
+    return batch.reward + config.gamma * jnp.where(batch.terminated, 0, next_q), exact
 
 
-# Maximisers: for the `critic_params` and one observation `[obs_dim]`, an action `[action_dim]`
+def num_exact(config, num_base_points):
+    """How many base points, the first ones, are B_opt."""
+    return round(config.exact_fraction * num_base_points)
 
 
-def random_actions(config, key):
-    """Candidates `[num_candidates, action_dim]`, uniform in the box."""
-    return random.uniform(key, (config.num_candidates, len(make_env(config)[2])), minval=-1, maxval=1)
-
-
-def best(q, actions):
-    """The action of highest value among `actions [n, action_dim]`."""
-    return actions[jnp.argmax(jax.vmap(q)(actions))]
+def maximize(config, critic_params, obs, key):
+    """Actions `[..., action_dim]` of highest value at `obs [..., obs_dim]`; all states share the random candidates."""
+    solve = functools.partial(MAXIMIZERS[config.maximizer], config, critic_params, key=key)
+    actions = lax.map(solve, obs.reshape(-1, obs.shape[-1]), batch_size=CHUNK)
+    return actions.reshape(*obs.shape[:-1], -1)
 
 
 def maximize_gradient(config, critic_params, obs, key):
-    """Projected gradient ascent from random starts, by steps of fixed lengths that shrink from 0.5 to 0.01."""
+    """Projected gradient ascent from random starts, with step lengths that decrease from 0.5 to 0.01."""
     q = functools.partial(critic, config, critic_params, obs)
 
     def step(actions, size):
@@ -274,12 +208,12 @@ def maximize_gradient(config, critic_params, obs, key):
         direction /= jnp.linalg.norm(direction, axis=1, keepdims=True) + 1e-12
         return jnp.clip(actions + size * direction, -1, 1), None
 
-    sizes = jnp.geomspace(0.5, 0.01, config.maximizer_steps)
-    return best(q, lax.scan(step, random_actions(config, key), sizes)[0])
+    starts = random.uniform(key, (config.num_candidates, make_env(config.env).action_dim), minval=-1, maxval=1)
+    return best(q, lax.scan(step, starts, jnp.geomspace(0.5, 0.01, config.maximizer_steps))[0])
 
 
 def maximize_lbfgs(config, critic_params, obs, key):
-    """L-BFGS from random starts, on angles u with a = sin(u): a box without bounds whose faces are within reach."""
+    """L-BFGS from random starts over angles u with a = sin(u), which have no bounds and reach the bounds of a."""
     solver = optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=8))
     loss = lambda u: -critic(config, critic_params, obs, jnp.sin(u))
 
@@ -293,41 +227,45 @@ def maximize_lbfgs(config, critic_params, obs, key):
         (u, _), _ = lax.scan(step, (u, solver.init(u)), length=config.maximizer_steps)
         return jnp.sin(u)
 
-    starts = jnp.arcsin(random_actions(config, key))
-    return best(functools.partial(critic, config, critic_params, obs), jax.vmap(ascend)(starts))
+    starts = random.uniform(key, (config.num_candidates, make_env(config.env).action_dim), minval=-1, maxval=1)
+    return best(functools.partial(critic, config, critic_params, obs), jax.vmap(ascend)(jnp.arcsin(starts)))
 
 
 def maximize_cem(config, critic_params, obs, key):
-    """Cross-entropy method: a Gaussian fitted, time and again, to the best quarter of its samples; the best of all."""
+    """Cross-entropy method: a Gaussian fitted repeatedly to the best quarter of its samples; the best sample of all."""
     q = functools.partial(critic, config, critic_params, obs)
 
     def step(carry, key):
-        mean, std, champion = carry
+        mean, std, best_so_far = carry
         actions = jnp.clip(mean + std * random.normal(key, (config.num_candidates, *mean.shape)), -1, 1)
-        actions = jnp.concatenate([champion[None], actions])
-        _, order = lax.top_k(jax.vmap(q)(actions), max(2, config.num_candidates // 4))
-        elite = actions[order]
+        actions = jnp.concatenate([best_so_far[None], actions])
+        elite = actions[lax.top_k(jax.vmap(q)(actions), max(2, config.num_candidates // 4))[1]]
         return (elite.mean(axis=0), elite.std(axis=0), elite[0]), None
 
-    zero = jnp.zeros(len(make_env(config)[2]))
+    zero = jnp.zeros(make_env(config.env).action_dim)
     return lax.scan(step, (zero, zero + 0.7, zero), random.split(key, config.maximizer_steps))[0][2]
 
 
 def maximize_grid(config, critic_params, obs, key):
-    """The best of `num_candidates` evenly spaced points a dimension, the bounds among them."""
+    """The best of `num_candidates` evenly spaced points per dimension, bounds included."""
     axis = jnp.linspace(-1, 1, config.num_candidates)
-    axes = jnp.meshgrid(*[axis] * len(make_env(config)[2]), indexing="ij")
+    axes = jnp.meshgrid(*[axis] * make_env(config.env).action_dim, indexing="ij")
     actions = jnp.stack(axes, axis=-1).reshape(-1, len(axes))
     return best(functools.partial(critic, config, critic_params, obs), actions)
 
 
 def maximize_exhaustive(config, critic_params, obs, key):
     """The best of all Discrete actions."""
-    codes = 2 * jnp.eye(len(make_env(config)[2])) - 1
+    codes = 2 * jnp.eye(make_env(config.env).action_dim) - 1
     return best(functools.partial(critic, config, critic_params, obs), codes)
 
 
-MAXIMIZERS = {
+def best(q, actions):
+    """The action of highest value among `actions [n, action_dim]`."""
+    return actions[jnp.argmax(jax.vmap(q)(actions))]
+
+
+MAXIMIZERS = {  # (config, critic_params, obs [obs_dim], key) -> action [action_dim]
     "gradient": maximize_gradient,
     "lbfgs": maximize_lbfgs,
     "cem": maximize_cem,
@@ -336,134 +274,61 @@ MAXIMIZERS = {
 }
 
 
-def maximize(config, critic_params, obs, key):
-    """Actions `[n, action_dim]` of highest value for `obs [n, obs_dim]`; all states share their random candidates."""
-    solve = MAXIMIZERS[config.maximizer]
-    return lax.map(lambda obs: solve(config, critic_params, obs, key), obs, batch_size=CHUNK)
-
-
-# Base points
-
-
-def rollout(config, key, num_steps, policy):
-    """`Transition [num_steps]` from fresh environments with `policy(obs [num_envs, obs_dim], key) -> action`."""
-
-    def step(carry, key):
-        key_policy, key_env = random.split(key)
-        env_state, obs = carry
-        env_state, next_obs, transition, _ = env_step(config, env_state, obs, policy(obs, key_policy), key_env)
-        return (env_state, next_obs), transition
-
-    key, key_init = random.split(key)
-    _, transitions = lax.scan(step, env_init(config, key_init), random.split(key, num_steps // config.num_envs))
-    return jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]).astype(float), transitions)
-
-
-def load_base_points(config):
-    """Base points of a file with an array for each field of `Transition`; ValueError where they do not fit."""
-    env, env_params, low, _ = make_env(config)
-    obs_dim = jax.eval_shape(lambda key: env.reset(key, env_params)[0], random.key(0)).size
-    try:
-        with np.load(config.base_points, allow_pickle=False) as file:
-            arrays = [file[field].astype(np.float32) for field in Transition._fields]
-    except Exception as error:
-        raise ValueError(f"base_points={config.base_points}: not a file of base points: {error}") from error
-    n = arrays[0].shape[0] if arrays[0].ndim else 0
-    expected = [(n, obs_dim), (n, len(low)), (n,), (n, obs_dim), (n,)]
-    found = [x.shape for x in arrays]
-    if found != expected or n == 0:
-        raise ValueError(f"base_points={config.base_points}: must hold shapes {expected} for {config.env}, not {found}")
-    if not all(np.isfinite(x).all() for x in arrays) or np.abs(arrays[1]).max() > 1:
-        raise ValueError(f"base_points={config.base_points}: must hold finite numbers, and actions in [-1, 1]")
-    return Transition(*map(jnp.asarray, arrays))
-
-
-def collect_base_points(config, key):
-    """Base points of the file, or of uniformly random actions, in random order: any first part is a fair sample."""
-    if config.base_points:
-        return load_base_points(config)
-    _, _, low, _ = make_env(config)
-
-    def explore(obs, key):
-        actions = config.exploration_range * random.uniform(key, (len(obs), len(low)), minval=-1, maxval=1)
-        return project(config, actions)
-
-    key, key_order = random.split(key)
-    base_points = rollout(config, key, config.num_base_points, explore)
-    order = random.permutation(key_order, config.num_base_points)
-    return jax.tree.map(lambda x: x[order], base_points)
-
-
-# Losses
-
-
-def num_exact(config, num_base_points):
-    """How many base points, the first ones, are B_opt."""
-    return round(config.exact_fraction * num_base_points)
-
-
-def bellman_targets(config, params, batch, key):
-    """Operator at each base point `[num_base_points]`, and the solver's actions `[num_exact, action_dim]`."""
-    n = num_exact(config, len(batch.reward))
-    exact = maximize(config, params.critic, batch.next_obs[:n], key) if n else batch.action[:0]
-    next_action = jnp.concatenate([exact, actor(config, params.actor, batch.next_obs[n:])])
-    next_value = critic(config, params.critic, batch.next_obs, next_action)
-    return batch.reward + config.gamma * (1 - batch.terminated) * next_value, exact
-
-
-def critic_loss(critic_params, config, batch, targets):
-    """Mean squared error on the targets."""
-    return jnp.square(critic(config, critic_params, batch.obs, batch.action) - targets).mean()
+def critic_loss(critic_params, config, batch, target):
+    """Mean squared error to `target [batch]`, and the mean value: `(loss, q_value)`."""
+    q = critic(config, critic_params, batch.obs, batch.action)
+    return jnp.square(q - target).mean(), q.mean()
 
 
 def actor_loss(actor_params, obs, action):
     """Mean squared distance from the solver's actions."""
-    return jnp.square(policy(actor_params, obs) - action).sum(axis=1).mean()
+    return jnp.square(actor(actor_params, obs) - action).sum(axis=1).mean()
 
 
-# Training
+def optimizer(config):
+    """Adam; a schedule or gradient clipping goes here."""
+    return optax.adam(config.learning_rate)
 
 
-def descend(config, loss, params, data, key):
-    """`fit_steps` Adam steps on `loss(params, rows)`: new `params`.
+def apply_grads(config, grads, params, opt_state):
+    """One step of the optimizer: `(params, opt_state)`."""
+    updates, opt_state = optimizer(config).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
-    Each step draws `batch_size` rows of `data` anew, or takes all of them where there are no more than that.
-    """
+
+def fit(config, loss, params, data, key):
+    """New `params` after `fit_steps` steps on `loss(params, rows)`, each with `batch_size` random rows of `data`."""
     n = len(jax.tree.leaves(data)[0])
-    adam = optax.adam(config.learning_rate)
 
     def step(carry, key):
         params, opt_state = carry
         index = random.randint(key, (config.batch_size,), 0, n)
         rows = jax.tree.map(lambda x: x[index], data) if config.batch_size < n else data
-        updates, opt_state = adam.update(jax.grad(loss)(params, rows), opt_state)
-        return (optax.apply_updates(params, updates), opt_state), None
+        return apply_grads(config, jax.grad(loss)(params, rows), params, opt_state), None
 
-    (params, _), _ = lax.scan(step, (params, adam.init(params)), random.split(key, config.fit_steps))
-    return params
+    return lax.scan(step, (params, optimizer(config).init(params)), random.split(key, config.fit_steps))[0][0]
 
 
-def fit_quadratic(config, batch, targets):
-    """Ridge regression of the targets on quadratic features of mean square 1, in closed form."""
+def fit_quadratic(config, batch, target):
+    """Ridge regression of `target` on quadratic features scaled to mean square 1, in closed form."""
     x = quadratic_features(jnp.concatenate([batch.obs, batch.action], axis=1))
     scale = jnp.sqrt(jnp.square(x).mean(axis=0)) + 1e-6
     x /= scale
     gram = x.T @ x / len(x) + config.ridge * jnp.eye(x.shape[1])
-    return jnp.linalg.solve(gram, x.T @ targets / len(x)) / scale
+    return jnp.linalg.solve(gram, x.T @ target / len(x)) / scale
 
 
-def fit_critic(config, params, batch, targets, key):
+def fit_critic(config, params, batch, target, key):
     """New parameters of the critic."""
     if config.approximator == "quadratic":
-        return fit_quadratic(config, batch, targets)
+        return fit_quadratic(config, batch, target)
     key, key_init = random.split(key)
-    if config.from_scratch:
-        params = critic_init(config, key_init, batch.obs.shape[1], batch.action.shape[1])
-    return descend(config, lambda params, rows: critic_loss(params, config, *rows), params, (batch, targets), key)
+    params = critic_init(config, key_init) if config.from_scratch else params
+    return fit(config, lambda params, rows: critic_loss(params, config, *rows)[0], params, (batch, target), key)
 
 
 def window_add(window, iteration, actions):
-    """Store the actions of an iteration over the oldest ones."""
+    """Replace the oldest actions by those of an iteration; in the first one, all."""
     slots = len(window.iteration)
     replaced = (jnp.arange(slots) == iteration % slots) | (iteration == 0)
     kept = jnp.where(replaced[:, None, None], actions, window.actions)
@@ -471,124 +336,249 @@ def window_add(window, iteration, actions):
 
 
 def fit_actor(config, params, window, obs, key):
-    """New parameters of the policy and their loss: `(params, loss)`; `obs [num_exact, obs_dim]` go with the window."""
+    """New parameters of the actor and their loss: `(params, loss)`; `obs [num_exact, obs_dim]` go with the window."""
     slots, n, action_dim = window.actions.shape
     rows = jnp.tile(obs, (slots, 1)), window.actions.reshape(slots * n, action_dim)
     key, key_init = random.split(key)
-    if config.from_scratch:
-        params = mlp_init(key_init, (obs.shape[1], *config.hidden_sizes, action_dim))
-    params = descend(config, lambda params, rows: actor_loss(params, *rows), params, rows, key)
+    params = actor_init(config, key_init) if config.from_scratch else params
+    params = fit(config, lambda params, rows: actor_loss(params, *rows), params, rows, key)
     return params, actor_loss(params, *rows)
 
 
-def check(config):
-    """Raise a ValueError `field=value: rule` where sizes and choices do not fit together."""
-    discrete, solver = is_discrete(config), config.maximizer
-    points = config.num_candidates ** len(make_env(config)[2])
-    fits = "exhaustive" if discrete else ", ".join(name for name in MAXIMIZERS if name != "exhaustive")
-    kind = "Discrete" if discrete else "a Box"
-    rules = [
-        ("num_base_points", config.num_base_points % config.num_envs == 0, f"a multiple of num_envs={config.num_envs}"),
-        (
-            "iterations_per_epoch",
-            config.num_iterations % config.iterations_per_epoch == 0,
-            f"a divisor of num_iterations={config.num_iterations}",
-        ),
-        ("exact_fraction", 0 <= config.exact_fraction <= 1, "in [0, 1]"),
-        ("maximizer", solver in MAXIMIZERS, f"one of {', '.join(MAXIMIZERS)}; milp comes with the command line"),
-        ("maximizer", (solver == "exhaustive") == discrete, f"{fits}: the actions of {config.env} are {kind}"),
-        ("maximizer", solver != "milp" or config.approximator == "mlp", "another: milp is for approximator=mlp"),
-        ("num_candidates", solver != "grid" or points <= MAX_GRID, f"less: a grid of {points} actions is too large"),
-    ]
-    for name, kept, rule in rules:
-        if not kept:
-            raise ValueError(f"{name}={getattr(config, name)}: must be {rule}")
+# Policies
+
+
+def greedy(config, params, obs):
+    """The policy, projected: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
+    return project(config, actor(params.actor, obs))
+
+
+def random_policy(config, params, obs, key):
+    """Uniformly random actions within `exploration_range`."""
+    shape, bound = (*obs.shape[:-1], make_env(config.env).action_dim), config.exploration_range
+    return project(config, random.uniform(key, shape, minval=-bound, maxval=bound))
+
+
+def project(config, action):
+    """Project onto the action set: `[..., action_dim]` clipped to [-1, 1], or the code of the largest coordinate."""
+    if make_env(config.env).discrete:
+        return 2 * jax.nn.one_hot(jnp.argmax(action, axis=-1), action.shape[-1]) - 1
+    return jnp.clip(action, -1, 1)
+
+
+def act(config, params, obs):
+    """Greedy action in the environment's units and shape, for one observation of any shape."""
+    return make_env(config.env).rescale(greedy(config, params, flatten(obs)))
+
+
+# Environment
+
+
+class Env(NamedTuple):
+    """An environment as pure functions, with observations `[obs_dim]` and actions `[action_dim]` in [-1, 1].
+
+    Discrete actions are coded as vectors of -1 with a 1 in the action's place.
+    Where an episode has ended, `step` gives as `obs` the first of a new one, and as `next_obs` its last.
+    """
+
+    obs_dim: int
+    action_dim: int
+    discrete: bool
+    reset: Callable  # key -> (env_state, obs)
+    step: Callable  # (env_state, action, key) -> (env_state, obs, reward, next_obs, terminated, truncated)
+    rescale: Callable  # action -> the nearest admissible one in the environment's bounds and shape
+
+
+def flatten(obs):
+    """One observation, of any shape and type, as floats `[obs_dim]`."""
+    return jnp.ravel(obs).astype(float)
+
+
+@functools.cache
+def make_env(name):
+    """The gymnax environment `name`; ValueError unless its actions are discrete, or bounded and continuous."""
+    with jax.ensure_compile_time_eval():
+        env, env_params = gymnax.make(name)
+        space = env.action_space(env_params)
+        discrete = hasattr(space, "n")
+        low, high = (np.broadcast_to(getattr(space, bound, np.nan), space.shape) for bound in ("low", "high"))
+    if not discrete and not np.isfinite([low, high]).all():
+        raise ValueError(f"env={name}: must have Discrete actions or actions in a Box with finite bounds")
+
+    def rescale(action):
+        if discrete:
+            return jnp.argmax(action)
+        return low + (jnp.clip(action, -1, 1).reshape(low.shape) + 1) / 2 * (high - low)
+
+    def reset(key):
+        obs, env_state = env.reset(key, env_params)
+        return env_state, flatten(obs)
+
+    def step(env_state, action, key):
+        obs, env_state, reward, terminated, truncated, info = env.step(key, env_state, rescale(action), env_params)
+        # wrappers often transform `obs` alone, so the copy in `info` is read only where there is no other
+        next_obs = jnp.where(terminated | truncated, flatten(info["final_observation"]), flatten(obs))
+        return env_state, flatten(obs), reward, next_obs, terminated, truncated
+
+    action_dim = int(space.n) if discrete else low.size
+    return Env(jax.eval_shape(reset, random.key(0))[1].size, action_dim, discrete, reset, step, rescale)
+
+
+def rollout(config, params, policy, env_state, obs, keys):
+    """Step all environments once per key: `(env_state, obs, Transition [len(keys), num_envs])`."""
+    env_step = jax.vmap(make_env(config.env).step)
+
+    def step(carry, key):
+        env_state, obs = carry
+        key_policy, key_env = random.split(key)
+        action = policy(config, params, obs, key_policy)
+        keys_env = random.split(key_env, len(obs))
+        env_state, new_obs, reward, next_obs, terminated, _ = env_step(env_state, action, keys_env)
+        return (env_state, new_obs), Transition(obs, action, reward, next_obs, terminated)
+
+    (env_state, obs), transitions = lax.scan(step, (env_state, obs), keys)
+    return env_state, obs, transitions
+
+
+# Base points
+
+
+def collect(config, params, policy, num_steps, key):
+    """`num_steps` steps of new environments with `policy`, in random order: `Transition [num_steps * num_envs]`."""
+    key_reset, key_rollout, key_order = random.split(key, 3)
+    env_state, obs = jax.vmap(make_env(config.env).reset)(random.split(key_reset, config.num_envs))
+    _, _, batch = rollout(config, params, policy, env_state, obs, random.split(key_rollout, num_steps))
+    # no target uses the last observation of a terminated episode, but a fit of the policy may, and it can be NaN
+    next_obs = jnp.where(batch.terminated[..., None] & ~jnp.isfinite(batch.next_obs), 0, batch.next_obs)
+    order = random.permutation(key_order, batch.reward.size)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order].astype(float), batch._replace(next_obs=next_obs))
+
+
+def load(config):
+    """The file's base points, an array for each field of `Transition`; ValueError where they do not fit."""
+    env = make_env(config.env)
+    try:
+        with np.load(config.base_points, allow_pickle=False) as file:
+            points = Transition(*(file[field].astype(np.float32) for field in Transition._fields))
+    except Exception as error:
+        raise ValueError(f"base_points={config.base_points}: not a file of base points: {error}") from error
+    n, found = points.reward.size, [x.shape for x in points]
+    expected = [(n, env.obs_dim), (n, env.action_dim), (n,), (n, env.obs_dim), (n,)]
+    if found != expected or n == 0:
+        raise ValueError(f"base_points={config.base_points}: must hold shapes {expected} for {config.env}, not {found}")
+    if not all(np.isfinite(x).all() for x in points) or np.abs(points.action).max() > 1:
+        raise ValueError(f"base_points={config.base_points}: must hold finite numbers, and actions in [-1, 1]")
+    return jax.tree.map(jnp.asarray, points)
+
+
+# Training
 
 
 def iteration(config, state):
-    """Targets, both fits, and what they leave to do: `(State, losses)`."""
-    key, key_max, key_critic, key_actor = random.split(state.key, 4)
+    """One fit of the critic to its own targets, and one of the actor to the window: `State`."""
+    key, key_target, key_critic, key_actor = random.split(state.key, 4)
     batch, old = state.base_points, state.params
-    targets, exact = bellman_targets(config, old, batch, key_max)
+    target, exact = td_target(config, old, batch, key_target)
+    critic_params = fit_critic(config, old.critic, batch, target, key_critic)
     window, actor_params, error = state.window, old.actor, jnp.zeros(())
     if len(exact):
         window = window_add(window, state.iteration, exact)
         actor_params, error = fit_actor(config, old.actor, window, batch.next_obs[: len(exact)], key_actor)
-    params = Params(actor_params, fit_critic(config, old.critic, batch, targets, key_critic))
-    change = critic(config, params.critic, *batch[:2]) - critic(config, old.critic, *batch[:2])
-    delta = jnp.maximum(jnp.square(change).mean(), error)
-    state = State(params, batch, window, state.iteration + 1, delta, key)
-    return state, (critic_loss(params.critic, config, batch, targets), error)
+    q, q_new = (critic(config, params, batch.obs, batch.action) for params in (old.critic, critic_params))
+    losses = (*critic_loss(critic_params, config, batch, target), error)
+    params, delta = Params(actor_params, critic_params), jnp.maximum(jnp.square(q_new - q).mean(), error)
+    number = state.iteration + 1
+    return state._replace(params=params, window=window, iteration=number, delta=delta, losses=losses, key=key)
 
 
 def evaluate(config, params, key):
-    """Greedy policy on whole episodes in fresh environments: `(returns [num_eval_episodes], value_bias [])`.
-
-    The returns are undiscounted. The bias is the critic's value of the first observation minus the discounted return
-    from there, its part beyond a time limit filled in with the critic's value of the last observation; a mean.
-    """
-    env, env_params, *_ = make_env(config)
+    """Undiscounted returns `[num_eval_episodes]` of the greedy policy on new episodes."""
+    env = make_env(config.env)
 
     def step(carry):
-        obs, env_state, _, _, total, discounted, discount, key = carry
+        env_state, obs, total, _, key = carry
         key, key_step = random.split(key)
-        action = act(config, params, obs)
-        _, env_state, reward, terminated, truncated, info = env.step(key_step, env_state, action, env_params)
-        totals = total + reward, discounted + discount * reward, discount * config.gamma
-        return info["final_observation"], env_state, terminated, truncated, *totals, key
+        env_state, obs, reward, _, terminated, truncated = env.step(env_state, greedy(config, params, obs), key_step)
+        return env_state, obs, total + reward, terminated | truncated, key
 
     def episode(key):
         key, key_reset = random.split(key)
-        first_obs, env_state = env.reset(key_reset, env_params)
-        carry = first_obs, env_state, False, False, jnp.zeros(()), jnp.zeros(()), jnp.ones(()), key
-        carry = lax.while_loop(lambda carry: ~(carry[2] | carry[3]), step, carry)
-        last_obs, _, terminated, _, total, discounted, discount, _ = carry
-        first_value, last_value = greedy_value(config, params, flatten(jnp.stack([first_obs, last_obs])))
-        return total, first_value - discounted - discount * (1 - terminated) * last_value
+        carry = (*env.reset(key_reset), jnp.zeros(()), False, key)
+        return lax.while_loop(lambda carry: ~carry[3], step, carry)[2]
 
-    returns, bias = jax.vmap(episode)(random.split(key, config.num_eval_episodes))
-    return returns, bias.mean()
+    return jax.vmap(episode)(random.split(key, config.num_eval_episodes))
+
+
+RULES = {
+    "finite": np.isfinite,
+    "> 0": lambda x: np.isfinite(x) & (x > 0),
+    ">= 0": lambda x: np.isfinite(x) & (x >= 0),
+    "in (0, 1]": lambda x: (x > 0) & (x <= 1),
+    "in [0, 1]": lambda x: (x >= 0) & (x <= 1),
+    "from 1 to 2147483647": lambda x: (x >= 1) & (x < 2**31),
+}
+
+
+def check(config):
+    """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for field in dataclasses.fields(config):
+        count = field.type in (int, tuple[int, ...])
+        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        for x in jax.tree.leaves(getattr(config, field.name)):
+            if not isinstance(x, str | jax.core.Tracer) and not np.all(RULES[rule](x)):
+                raise ValueError(f"{field.name}={x}: must be {rule}")
+
+
+def check_choices(config):
+    """ValueError where the maximizer does not fit the actions, the critic or the memory."""
+    env, solver = make_env(config.env), config.maximizer
+    fitting = [name for name in MAXIMIZERS if (name == "exhaustive") == env.discrete]
+    if solver not in fitting:
+        kind = "Discrete" if env.discrete else "a Box"
+        raise ValueError(f"maximizer={solver}: must be {', '.join(fitting)}: the actions of {config.env} are {kind}")
+    if solver == "milp" and config.approximator != "mlp":
+        raise ValueError(f"maximizer=milp: must be another for approximator={config.approximator}")
+    points = config.num_candidates**env.action_dim
+    if solver == "grid" and points > MAX_GRID:
+        raise ValueError(f"num_candidates={config.num_candidates}: must be less: a grid of {points} is too large")
+
+
+def num_epochs(config):
+    """The fewest epochs that make `num_iterations` iterations."""
+    return math.ceil(config.num_iterations / config.iterations_per_epoch)
 
 
 def init(config, key):
-    """Base points, a new Q-function and policy. ValueError where the configuration does not fit."""
+    """Base points and new networks; ValueError where `config` does not fit."""
     check(config)
-    key, key_base_points, key_critic, key_actor = random.split(key, 4)
-    base_points = collect_base_points(config, key_base_points)
-    obs_dim, action_dim = base_points.obs.shape[1], base_points.action.shape[1]
-    critic_params = critic_init(config, key_critic, obs_dim, action_dim)
-    actor_params = mlp_init(key_actor, (obs_dim, *config.hidden_sizes, action_dim))
-    slots, n = config.window + 1, max(1, num_exact(config, len(base_points.reward)))  # no array is without rows
-    window = Window(jnp.zeros((slots, n, action_dim)), jnp.zeros(slots, int))
-    params = Params(actor_params, critic_params)
-    return State(params, base_points, window, jnp.int32(0), jnp.array(jnp.inf), key)
+    check_choices(config)
+    key, key_eval, key_actor, key_critic, key_base_points = random.split(key, 5)
+    num_steps = math.ceil(config.num_base_points / config.num_envs)
+    points = load(config) if config.base_points else collect(config, None, random_policy, num_steps, key_base_points)
+    params = Params(actor_init(config, key_actor), critic_init(config, key_critic))
+    slots, n = config.window + 1, max(1, num_exact(config, len(points.reward)))  # an array without rows cannot be saved
+    window = Window(jnp.zeros((slots, n, points.action.shape[1])), jnp.zeros(slots, int))
+    step, losses = jnp.int32(len(points.reward)), tuple(jnp.zeros(3))
+    return State(params, points, window, step, jnp.int32(0), jnp.array(jnp.inf), losses, key, key_eval)
 
 
 def epoch(config, state):
-    """`iterations_per_epoch` iterations, fewer if all stops changing, then a greedy evaluation: `(State, Metrics)`."""
+    """`iterations_per_epoch` iterations, fewer if delta falls below `tolerance`, and evaluate: `(State, Metrics)`."""
     end = state.iteration + config.iterations_per_epoch
-
-    def unfinished(carry):
-        state, _ = carry
-        return (state.iteration < end) & (state.delta >= config.tolerance)
-
-    none = jnp.zeros(()), jnp.zeros(())
-    state, losses = lax.while_loop(unfinished, lambda carry: iteration(config, carry[0]), (state, none))
-    key, key_eval = random.split(state.key)
-    returns, value_bias = evaluate(config, state.params, key_eval)
-    step = jnp.int32(len(state.base_points.reward))
-    return state._replace(key=key), Metrics(step, returns, value_bias, state.iteration, state.delta, *losses)
+    unfinished = lambda state: (state.iteration < end) & (state.delta >= config.tolerance)
+    state = lax.while_loop(unfinished, functools.partial(iteration, config), state)
+    returns = evaluate(config, state.params, random.fold_in(state.key_eval, state.iteration))
+    return state, Metrics(state.step, returns, *state.losses, state.iteration, state.delta)
 
 
 def train(config, key):
-    """The whole run, a pure function: `(State, Metrics)`, every metric with a leading axis `[num_epochs]`."""
-    num_epochs = config.num_iterations // config.iterations_per_epoch
-    return lax.scan(lambda state, _: epoch(config, state), init(config, key), length=num_epochs)
+    """A whole run, a pure function: `(State, Metrics)`, metrics with a leading axis `[num_epochs]`."""
+    return lax.scan(lambda state, _: epoch(config, state), init(config, key), length=num_epochs(config))
 
 
 if __name__ == "__main__":
-    from common import milp
-    from common.run import main
+    from amortax.common import milp
+    from amortax.common.run import main
 
     MAXIMIZERS["milp"] = milp.maximize
-    main(Config, init, epoch)
+    main(Config, init, epoch, num_epochs)

@@ -1,28 +1,22 @@
-"""Three estimators of the derivative of an expectation, d/dtheta E[f(x, theta)] with x ~ p(x; theta), and their noise.
+"""Three estimators of the derivative of an expectation, d/dtheta E[f(x, theta)] with x ~ p(x; theta), compared.
 
-The samples depend on theta: to differentiate their average as if they did not is wrong. Either the density is to be
-differentiated (score function), or the sample as a function of noise that is free of theta (reparameterisation).
+The samples depend on theta, so the derivative of their average with the samples fixed is biased. Unbiased estimators
+differentiate the density (score function) or the sample as a function of noise free of theta (reparameterization). The
+demonstration has x ~ N(theta, 1) and by default f(x, theta) = x^2 theta, whose derivative is 1 + 3 theta^2.
 
-    repeat for each trial:
+    repeat num_trials times:
         draw noise e_1, ..., e_n and samples x_i = g(e_i, theta)
-        naive           = mean of df(x_i, theta)/dtheta, x_i held fixed
-        score function  = mean of f(x_i, theta) * dlog p(x_i; theta)/dtheta + df(x_i, theta)/dtheta, x_i held fixed
-        reparameterised = mean of df(g(e_i, theta), theta)/dtheta, through both arguments
+        naive           = mean of df(x_i, theta)/dtheta, x_i fixed
+        score function  = mean of f(x_i, theta) * dlog p(x_i; theta)/dtheta + df(x_i, theta)/dtheta, x_i fixed
+        reparameterized = mean of df(g(e_i, theta), theta)/dtheta, through both arguments
     over the trials: mean, bias, variance and mean squared error of each
 
-The demonstration has x ~ N(theta, 1), by default with f(x, theta) = x^2 theta, whose derivative is 1 + 3 theta^2. Below
-are distributions with their g and log p: Gaussian, multivariate Gaussian, truncated normal, Kumaraswamy, categorical by
-Gumbel-max, and its continuous relaxation, Gumbel-softmax.
+Sources: Mohamed et al., "Monte Carlo Gradient Estimation in Machine Learning" (JMLR 21, 2020), sections 4 and 5; Glynn
+(Communications of the ACM 33, 1990); Williams (Machine Learning 8, 1992), section 4; Kingma, Welling (ICLR 2014),
+section 2.4; Kumaraswamy (Journal of Hydrology 46, 1980); Jang et al. and Maddison et al. (both ICLR 2017).
 
-Sources: Glynn, "Likelihood Ratio Gradient Estimation for Stochastic Systems" (Communications of the ACM 33, 1990);
-Williams (Machine Learning 8, 1992), section 4; Kingma, Welling, "Auto-Encoding Variational Bayes" (ICLR 2014), section
-2.4; Mohamed et al., "Monte Carlo Gradient Estimation in Machine Learning" (JMLR 21, 2020), sections 4 and 5;
-Kumaraswamy (Journal of Hydrology 46, 1980); Jang et al. and Maddison et al. (both ICLR 2017) for Gumbel-softmax.
-
-What to look out for:
-- Where f jumps in x, as `step` does, the reparameterised estimator misses the jump: its mean is wrong.
-- A sample of Gumbel-max has no derivative, and Gumbel-softmax is another distribution: its gradient is biased for the
-  categorical one, less so the lower its temperature, while its variance grows.
+Limits: the reparameterized estimator is biased where f is discontinuous in x, as `step` is. Gumbel-max samples have no
+derivative; Gumbel-softmax is a relaxation, less biased and noisier at a lower temperature.
 """
 
 import dataclasses
@@ -31,32 +25,31 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax, random
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import gammaln, log_ndtr, ndtri
 from jax.scipy.stats import norm
 
-FAR = 1e4  # standard deviations at which an infinite bound of a truncated normal is put
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to estimate. Static fields shape the program; theta is a leaf, free to be traced and vmapped."""
+    """Hyperparameters. Static fields set shapes and loop lengths; theta can be traced and vmapped."""
 
     theta: float = 1.0  # mean of the Gaussian x ~ N(theta, 1), and second argument of f
-    batch_size: int = jax.tree.static(default=1_000)  # samples of an estimate
+    batch_size: int = jax.tree.static(default=1_000)  # samples per estimate
     num_trials: int = jax.tree.static(default=1_000)  # independent estimates
     # f(x, theta): x^2 theta, x^2, e^x, sin x, or 1 where x > 0 and 0 elsewhere
     function: Literal["product", "square", "exp", "sin", "step"] = jax.tree.static(default="product")
 
 
 class Distribution(NamedTuple):
-    """What is needed to sample and to differentiate: three pure functions."""
+    """A distribution as pure functions; parameters broadcast against noise and x."""
 
-    noise: Callable  # (key, shape) to base noise, which depends on no parameter
-    sample: Callable  # (params, noise) to x
-    log_prob: Callable  # (params, x) to the logarithm of x's density, or of its probability
+    noise: Callable  # (key, shape) -> noise, independent of the parameters
+    sample: Callable  # (params, noise) -> x
+    log_prob: Callable  # (params, x) -> logarithm of the density or probability of x
 
 
 class Estimates(NamedTuple):
@@ -68,7 +61,7 @@ class Estimates(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the trials say about an estimator."""
+    """Statistics of an estimator over the trials."""
 
     mean: jax.Array  # []
     bias: jax.Array  # [], mean minus the true derivative
@@ -76,11 +69,36 @@ class Statistics(NamedTuple):
     mse: jax.Array  # [], mean squared error: bias^2 + variance
 
 
-# Distributions: parameters broadcast against noise and x
+# Estimators, for any f(x, theta) -> [batch] and any pytree theta
+
+
+def naive(f, distribution, theta, noise):
+    """Derivative of the average over fixed samples: biased, since the samples depend on theta."""
+    x = lax.stop_gradient(distribution.sample(theta, noise))
+    return jax.grad(lambda theta: f(x, theta).mean())(theta)
+
+
+def score_function(f, distribution, theta, noise):
+    """Likelihood-ratio derivative of the average over fixed samples: unbiased, also where f is discontinuous in x."""
+    x = lax.stop_gradient(distribution.sample(theta, noise))
+
+    def average(theta):
+        value = f(x, theta)
+        return (lax.stop_gradient(value) * distribution.log_prob(theta, x) + value).mean()
+
+    return jax.grad(average)(theta)
+
+
+def reparameterized(f, distribution, theta, noise):
+    """Derivative of the average through the samples: unbiased where f is continuous in x, and x in theta."""
+    return jax.grad(lambda theta: f(distribution.sample(theta, noise), theta).mean())(theta)
+
+
+# Distributions
 
 
 def uniform_noise(key, shape):
-    """Uniform on the open interval (0, 1): a quantile function may be infinite at either end."""
+    """Uniform on the open interval (0, 1), since a quantile function may be infinite at either end."""
     return random.uniform(key, shape, minval=jnp.finfo(float).tiny)
 
 
@@ -92,12 +110,11 @@ def gaussian_sample(params, noise):
 
 def gaussian_log_prob(params, x):
     """Log-density of N(mean, std^2)."""
-    mean, std = params
-    return norm.logpdf(x, mean, std)
+    return norm.logpdf(x, *params)
 
 
 def multivariate_gaussian_sample(params, noise):
-    """`mean + L noise [..., n]`, with `params = (mean [n], L [n, n])`, L L^T being the covariance (Cholesky)."""
+    """`mean + L noise [..., n]`, with `params = (mean [n], L [n, n])` and covariance L L^T (Cholesky)."""
     mean, cholesky = params
     return mean + noise @ cholesky.T
 
@@ -106,15 +123,14 @@ def multivariate_gaussian_log_prob(params, x):
     """Log-density of N(mean, L L^T) at `x [..., n]`: `[...]`."""
     mean, cholesky = params
     white = solve_triangular(cholesky, (x - mean).reshape(-1, len(mean)).T, lower=True)
-    log_det = jnp.log(jnp.abs(jnp.diagonal(cholesky))).sum()
-    return norm.logpdf(white).sum(axis=0).reshape(x.shape[:-1]) - log_det
+    return norm.logpdf(white).sum(axis=0).reshape(x.shape[:-1]) - jnp.log(jnp.abs(jnp.diagonal(cholesky))).sum()
 
 
 @jax.custom_jvp
 def log_ndtri(log_p):
     """Quantile of the standard normal at probability `exp(log_p)`, also where that underflows."""
     t = jnp.minimum(log_p, -5.0)
-    x = -jnp.sqrt(-2 * t - jnp.log(-4 * jnp.pi * t))  # of the first term of the tail's asymptotic series
+    x = -jnp.sqrt(-2 * t - jnp.log(-4 * jnp.pi * t))  # first term of the tail's asymptotic series
     for _ in range(4):  # Newton's method on log_ndtr(x) = t
         x = x - (log_ndtr(x) - t) * jnp.exp(log_ndtr(x) - norm.logpdf(x))
     return jnp.where(log_p < -5, x, ndtri(jnp.exp(log_p)))
@@ -129,25 +145,19 @@ def _(primals, tangents):
 
 
 def standard_bounds(params):
-    """`(left, right, mirrored)` in standard deviations from the mean, in the mirror image where right would be larger.
-
-    In the right tail the normal CDF rounds to 1, in the left one its logarithm keeps all digits.
-    """
+    """`(left, right, mirrored)`: bounds in standard deviations, mirrored to the left, where log_ndtr is accurate."""
     mean, std, low, high = params
-
-    def standardize(bound):
-        finite = jnp.isfinite(bound)
-        return jnp.where(finite, (jnp.where(finite, bound, 0) - mean) / std, jnp.sign(bound) * FAR)
-
-    a, b = standardize(low), standardize(high)
+    # an infinite bound is put 10,000 standard deviations away
+    low, high = (jnp.where(jnp.isfinite(x), x, mean + jnp.sign(x) * 1e4 * std) for x in (low, high))
+    a, b = (low - mean) / std, (high - mean) / std
     mirrored = a + b > 0
     return jnp.where(mirrored, -b, a), jnp.where(mirrored, -a, b), mirrored
 
 
 def truncated_normal_sample(params, noise):
-    """Quantile of uniform noise, with `params = (mean, std, low, high)`; an infinite bound is none.
+    """Quantile of uniform noise, with `params = (mean, std, low, high)`; bounds may be infinite.
 
-    In float32 accurate to a thousandth of the sample's spread for bounds up to 100 standard deviations away.
+    In float32 accurate to a thousandth of the sample's standard deviation, for bounds up to 100 of the normal's away.
     """
     mean, std, low, high = params
     left, right, mirrored = standard_bounds(params)
@@ -213,40 +223,10 @@ GUMBEL_MAX = Distribution(random.gumbel, gumbel_max_sample, gumbel_max_log_prob)
 GUMBEL_SOFTMAX = Distribution(random.gumbel, gumbel_softmax_sample, gumbel_softmax_log_prob)
 
 
-# Estimators of the derivative of E[f(x, theta)], for any f that gives `[batch]` and any pytree theta of parameters
-
-
-def naive(f, distribution, theta, noise):
-    """Derivative of the average over samples held fixed: biased, for the samples move with theta."""
-    x = lax.stop_gradient(distribution.sample(theta, noise))
-    return jax.grad(lambda theta: f(x, theta).mean())(theta)
-
-
-def score_function(f, distribution, theta, noise):
-    """Derivative of the likelihood ratio's average, samples held fixed: unbiased, whatever f is in x."""
-    x = lax.stop_gradient(distribution.sample(theta, noise))
-
-    def average(theta):
-        value = f(x, theta)
-        return (lax.stop_gradient(value) * distribution.log_prob(theta, x) + value).mean()
-
-    return jax.grad(average)(theta)
-
-
-def reparameterized(f, distribution, theta, noise):
-    """Derivative of the average through the samples: unbiased where f is continuous, and x in theta."""
-    return jax.grad(lambda theta: f(distribution.sample(theta, noise), theta).mean())(theta)
-
-
 # Demonstration
 
-
-UNIT_GAUSSIAN = Distribution(
-    random.normal,
-    lambda theta, noise: gaussian_sample((theta, 1.0), noise),
-    lambda theta, x: gaussian_log_prob((theta, 1.0), x),
-)
-FUNCTIONS = {  # f(x, theta), and the derivative of its expectation for x ~ N(theta, 1)
+UNIT_GAUSSIAN = Distribution(random.normal, lambda theta, noise: theta + noise, lambda theta, x: norm.logpdf(x, theta))
+FUNCTIONS = {  # f(x, theta), and the derivative of its expectation over x ~ N(theta, 1)
     "product": (lambda x, theta: x**2 * theta, lambda theta: 1 + 3 * theta**2),
     "square": (lambda x, theta: x**2, lambda theta: 2 * theta),
     "exp": (lambda x, theta: jnp.exp(x), lambda theta: jnp.exp(theta + 0.5)),
@@ -254,9 +234,28 @@ FUNCTIONS = {  # f(x, theta), and the derivative of its expectation for x ~ N(th
     "step": (lambda x, theta: jnp.where(x > 0, 1.0, 0.0), lambda theta: norm.pdf(theta)),
 }
 
+RULES = {
+    "finite": np.isfinite,
+    "> 0": lambda x: np.isfinite(x) & (x > 0),
+    ">= 0": lambda x: np.isfinite(x) & (x >= 0),
+    "in [0, 1]": lambda x: (x >= 0) & (x <= 1),
+    "from 1 to 2147483647": lambda x: (x >= 1) & (x < 2**31),
+}
+
+
+def check(config):
+    """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for field in dataclasses.fields(config):
+        count = field.type in (int, tuple[int, ...])
+        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        for x in jax.tree.leaves(getattr(config, field.name)):
+            if not isinstance(x, str | jax.core.Tracer) and not np.all(RULES[rule](x)):
+                raise ValueError(f"{field.name}={x}: must be {rule}")
+
 
 def train(config, key):
     """All trials, a pure function: `Estimates`. The three estimators of a trial share its noise."""
+    check(config)
     f, _ = FUNCTIONS[config.function]
 
     def trial(key):
@@ -264,12 +263,12 @@ def train(config, key):
         arguments = f, UNIT_GAUSSIAN, jnp.asarray(config.theta, float), noise
         return Estimates(naive(*arguments), score_function(*arguments), reparameterized(*arguments))
 
-    # some at a time: memory does not grow with the number of trials
+    # in batches, so that memory does not grow with the number of trials
     return lax.map(trial, random.split(key, config.num_trials), batch_size=min(100, config.num_trials))
 
 
 def true_derivative(config):
-    """The derivative in closed form."""
+    """Closed form of the derivative."""
     return FUNCTIONS[config.function][1](config.theta)
 
 
@@ -280,6 +279,6 @@ def summarize(estimates, truth):
 
 
 if __name__ == "__main__":
-    from common.demo import main
+    from amortax.common.demo import main
 
     main(Config, train, true_derivative, summarize)

@@ -230,8 +230,8 @@ def explore(config, params, obs, key):
 
 def random_policy(config, params, obs, key):
     """Uniformly random actions within `exploration_range`."""
-    shape = (*obs.shape[:-1], make_env(config.env).action_dim)
-    return config.exploration_range * random.uniform(key, shape, minval=-1, maxval=1)
+    shape, bound = (*obs.shape[:-1], make_env(config.env).action_dim), config.exploration_range
+    return random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 def act(config, params, obs):
@@ -354,9 +354,9 @@ def iteration(config, state):
     critic_params = fit_critic(config, old.critic, batch, target, key_critic)
     loss = lambda params, rows: actor_loss(params, critic_params, config, rows)
     actor_params = fit(config, loss, old.actor, batch, key_actor)
-    change = critic(config, critic_params, *batch[:2]) - critic(config, old.critic, *batch[:2])
+    q, q_new = (critic(config, params, batch.obs, batch.action) for params in (old.critic, critic_params))
     losses = (*critic_loss(critic_params, config, batch, target), loss(actor_params, batch))
-    params, delta = Params(actor_params, critic_params), jnp.square(change).mean()
+    params, delta = Params(actor_params, critic_params), jnp.square(q_new - q).mean()
     return state._replace(params=params, iteration=state.iteration + 1, delta=delta, losses=losses, key=key)
 
 

@@ -1,18 +1,18 @@
 """Soft fitted Q-iteration: FQI with the smooth Bellman operator, a log-integral over actions in place of the maximum.
 
-The log-integral beta * log of the integral of exp(q(s, a) / beta) over a is the value of the Boltzmann policy with its
-entropy paid at beta a nat; as beta goes to 0 it becomes the maximum. It is found by quadrature, or from samples of a
-policy that is fitted to the Boltzmann policy, by importance sampling or by its dual form, an expected value.
+The log-integral beta * log of the integral of exp(q(s, a) / beta) over a is the value of the Boltzmann policy with an
+entropy bonus of beta per nat; it becomes the maximum as beta goes to 0. It is computed by quadrature, or from samples
+of a policy `d` (`pi` in most papers), fitted to the Boltzmann policy, by importance sampling or in its dual form.
 
     collect base points B = {(s, a, r, s', terminated)} with uniformly random actions
-    initialise q, policy d
+    initialize critic q, actor d
     repeat until delta < tolerance or num_iterations iterations:
         for each base point: y = r + gamma * (1 - terminated) * v(s'), where v(s') is, by the choice of `integral`,
             quadrature:  beta * log sum_i w_i exp(q(s', a_i) / beta) with the nodes a_i and weights w_i
             importance:  beta * log mean_i exp(q(s', a_i) / beta) / d(a_i | s') with a_i ~ d(. | s')
             dual:        mean_i (q(s', a_i) - beta * log d(a_i | s')) with a_i ~ d(. | s')
-        q_new <- fit: minimise mean (q_new(s, a) - y)^2 over B, from the parameters of q or from scratch
-        unless by quadrature: d <- minimise mean (beta * log d(a~ | s') - q_new(s', a~)), a~ = tanh(mean + std * noise)
+        q_new <- minimize mean (q_new(s, a) - y)^2 over B, from the parameters of q or from scratch
+        unless by quadrature: d <- minimize mean (beta * log d(a~ | s') - q_new(s', a~)), a~ = tanh(mean + std * noise)
         delta <- mean (q_new(s, a~) - q(s, a~))^2 over the states of B with uniformly random actions a~
         q <- q_new
     act by the mean of the Boltzmann policy, or by d's squashed mean
@@ -20,15 +20,18 @@ policy that is fitted to the Boltzmann policy, by importance sampling or by its 
 Sources: Haarnoja et al., "Reinforcement Learning with Deep Energy-Based Policies" (ICML 2017), equations 4-6 and 10;
 Haarnoja et al., "Soft Actor-Critic" (ICML 2018), equations 3 and 10, for the dual form and the fit of the policy.
 
-Departures, each for a reason:
-- A time limit is no termination: the target bootstraps through it from the last observation before the reset.
+Differences from the papers:
+- Targets bootstrap through time limits, from the last observation before the reset.
 - The integral runs over actions in the environment's units, so that its value does not depend on ours, [-1, 1].
-- delta averages over random actions, since a sum over all of them means nothing where they are continuous.
-- Actions of a Discrete space are coded as vectors of -1 with a 1 in the action's place; their integral is a sum.
+- delta is a mean over random actions, since a sum over all actions is not defined where they are continuous.
+- Discrete actions are coded as vectors of -1 with a 1 in the action's place; their integral is a sum.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+import functools
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
 
 import distrax
 import gymnax
@@ -39,46 +42,49 @@ import optax
 from jax import lax, random
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # bounds of the policy's log standard deviation
-CHUNK = 1024  # states whose values are sought at once: it bounds the memory
-MAX_NODES = 100_000  # of a quadrature over actions, at most
+CHUNK = 1024  # states whose values are computed at once, which bounds the memory
+MAX_NODES = 100_000  # of a quadrature over actions
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Hyperparameters. Static fields shape the program; the others are leaves, free to be traced and vmapped."""
+    """Hyperparameters. Static fields set shapes and loop lengths; the others can be traced, vmapped and swept.
 
-    env: str = jax.tree.static(default="Pendulum-v1")  # a registered gymnax environment, Box or Discrete actions
-    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect where no file has them
-    base_points: str = jax.tree.static(default="")  # .npz file to read base points from, or to write if it is absent
-    num_iterations: int = jax.tree.static(default=50)  # fits of the Q-function, at most
-    iterations_per_epoch: int = jax.tree.static(default=10)  # fits between two evaluations
-    num_envs: int = jax.tree.static(default=100)  # environments that step together
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes of an evaluation
+    Base points are rounded up to whole steps of num_envs environments, iterations to whole epochs.
+    """
+
+    env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment, bounded continuous or Discrete actions
+    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, unless read from a file
+    base_points: str = jax.tree.static(default="")  # .npz file of base points: read, or written if it does not exist
+    num_iterations: int = jax.tree.static(default=50)  # fits of the critic, at most
+    iterations_per_epoch: int = jax.tree.static(default=10)  # fits between evaluations
+    num_envs: int = jax.tree.static(default=100)  # environments stepped in parallel
+    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
     approximator: Literal["mlp", "quadratic"] = jax.tree.static(default="mlp")  # network, or quadratic in (s, a)
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
-    fit_steps: int = jax.tree.static(default=1_000)  # Adam steps of a fit
-    batch_size: int = jax.tree.static(default=256)  # base points of an Adam step; all at once where they are no more
+    fit_steps: int = jax.tree.static(default=1_000)  # Adam steps per fit
+    batch_size: int = jax.tree.static(default=256)  # base points per Adam step, or all where there are no more
     from_scratch: bool = jax.tree.static(default=False)  # start each fit from new random weights
-    integral: Literal["quadrature", "importance", "dual"] = jax.tree.static(default="quadrature")
-    num_nodes: int = jax.tree.static(default=32)  # of the quadrature, for each dimension of the action
-    num_samples: int = jax.tree.static(default=32)  # actions of the policy for each value, unless by quadrature
-    exploration_range: float = 1.0  # random actions of the base points lie in [-range, range], in (0, 1]
-    learning_rate: float = 1e-3  # Adam's step size, > 0
-    gamma: float = 0.97  # discount per environment step, in [0, 1]
-    ridge: float = 1e-6  # penalty on the squared weights of the quadratic fit, >= 0
-    beta: float = 0.1  # temperature: worth of a nat of entropy, in units of reward, > 0
-    tolerance: float = 1e-9  # stop when q changes by less than this, mean square, >= 0
+    integral: Literal["quadrature", "importance", "dual"] = jax.tree.static(default="quadrature")  # see above
+    num_nodes: int = jax.tree.static(default=32)  # of the quadrature, per dimension of the action
+    num_samples: int = jax.tree.static(default=32)  # actions of the policy per value, unless by quadrature
+    exploration_range: Annotated[float, "in (0, 1]"] = 1.0  # random actions of base points lie in [-range, range]
+    learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size
+    gamma: Annotated[float, "in [0, 1]"] = 0.97  # discount per environment step
+    ridge: Annotated[float, ">= 0"] = 1e-6  # penalty on the squared weights of the quadratic fit
+    beta: Annotated[float, "> 0"] = 0.1  # temperature: reward per nat of entropy
+    tolerance: Annotated[float, ">= 0"] = 1e-9  # stop when the critic's mean squared change is smaller
 
 
 class Transition(NamedTuple):
-    """One step of an environment, or a batch of them."""
+    """One environment step, or a batch of them."""
 
     obs: jax.Array  # [..., obs_dim]
     action: jax.Array  # [..., action_dim], in [-1, 1]
     reward: jax.Array  # [...]
     next_obs: jax.Array  # [..., obs_dim], before any reset
-    terminated: jax.Array  # [...], 1 where the episode ended by itself, 0 elsewhere, also at a time limit
+    terminated: jax.Array  # [...], 0 at a time limit
 
 
 class Params(NamedTuple):
@@ -89,101 +95,35 @@ class Params(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that one iteration hands to the next."""
+    """Everything carried from one iteration to the next."""
 
     params: Params
     base_points: Transition  # leading axis [num_base_points]
+    step: jax.Array  # [] int32, environment steps so far
     iteration: jax.Array  # [] int32, iterations so far
-    delta: jax.Array  # [], mean squared change of q in the last iteration
-    key: jax.Array  # [] random key
+    delta: jax.Array  # [], mean squared change of the critic in the last iteration
+    losses: Any  # (critic_loss, q_value, actor_loss) after the last iteration
+    key: jax.Array  # [] random key of the training
+    key_eval: jax.Array  # [] random key of the evaluations, so that their number does not change the training
 
 
 class Metrics(NamedTuple):
     """What an epoch reports."""
 
     step: jax.Array  # [] int32, environment steps so far
-    eval_returns: jax.Array  # [num_eval_episodes], undiscounted, of the greedy policy
-    value_bias: jax.Array  # [], what the critic expects of the greedy policy at evaluation minus what it gets
+    eval_returns: jax.Array  # [num_eval_episodes], undiscounted, greedy policy
+    critic_loss: jax.Array  # [], mean squared error to the targets of the last iteration
+    q_value: jax.Array  # [], mean on the base points
+    actor_loss: jax.Array  # [], KL divergence from the Boltzmann policy, up to a constant; 0 by quadrature
     iteration: jax.Array  # [] int32, iterations so far
-    delta: jax.Array  # [], mean squared change of q in the last iteration
-    critic_loss: jax.Array  # [], mean squared error on the targets of the last iteration
-    actor_loss: jax.Array  # [], divergence from the Boltzmann policy, up to a constant; 0 by quadrature
-
-
-# Environment
-
-
-def make_env(config):
-    """Return `(env, env_params, low, high)`, the action bounds as `[action_dim]`; ValueError without finite bounds.
-
-    The codes of n Discrete actions have the bounds -1 and 1 in n dimensions.
-    """
-    env, env_params = gymnax.make(config.env)
-    with jax.ensure_compile_time_eval():
-        space = env.action_space(env_params)
-    if hasattr(space, "n"):
-        return env, env_params, -np.ones(space.n), np.ones(space.n)
-    if not (hasattr(space, "low") and np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-        raise ValueError(f"env={config.env}: its actions must be Discrete or a Box with finite bounds")
-    low, high = (np.broadcast_to(np.asarray(x, float), space.shape).reshape(-1) for x in (space.low, space.high))
-    return env, env_params, low, high
-
-
-def is_discrete(config):
-    """Whether actions are the codes of a Discrete space."""
-    env, env_params, *_ = make_env(config)
-    return hasattr(env.action_space(env_params), "n")
-
-
-def flatten(obs):
-    """Observations `[num_envs, ...]` of any shape and type as floats `[num_envs, obs_dim]`."""
-    return obs.reshape(len(obs), -1).astype(float)
-
-
-def scale_action(config, action):
-    """Map `action [action_dim]` from [-1, 1] affinely to the environment's bounds, in the environment's shape."""
-    env, env_params, low, high = make_env(config)
-    if is_discrete(config):
-        return jnp.argmax(action)
-    return (low + (action + 1) / 2 * (high - low)).reshape(env.action_space(env_params).shape)
-
-
-def project(config, action):
-    """Nearest action that there is: `[..., action_dim]` clipped to [-1, 1], or the code of the largest coordinate."""
-    if is_discrete(config):
-        return 2 * jax.nn.one_hot(jnp.argmax(action, axis=-1), action.shape[-1]) - 1
-    return jnp.clip(action, -1, 1)
-
-
-def env_init(config, key):
-    """Reset `num_envs` environments: `(env_state, obs [num_envs, obs_dim])`."""
-    env, env_params, *_ = make_env(config)
-    obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(random.split(key, config.num_envs), env_params)
-    return env_state, flatten(obs)
-
-
-def env_step(config, env_state, obs, action, key):
-    """Step every environment, resetting the ended: `(env_state, obs [num_envs, obs_dim], Transition, ended)`.
-
-    `Transition` and `ended`, whether an episode is over for either reason, have a leading axis [num_envs].
-    """
-    env, env_params, *_ = make_env(config)
-    keys = random.split(key, config.num_envs)
-    env_action = jax.vmap(scale_action, in_axes=(None, 0))(config, action)
-    next_obs, env_state, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
-        keys, env_state, env_action, env_params
-    )
-    # next_obs may already belong to a new episode
-    final_obs = flatten(info["final_observation"])
-    transition = Transition(obs, action, reward, final_obs, terminated)
-    return env_state, flatten(next_obs), transition, terminated | truncated
+    delta: jax.Array  # [], mean squared change of the critic in the last iteration
 
 
 # Networks
 
 
 def mlp_init(key, sizes):
-    """Layers `[(weights [n, m], biases [m]), ...]` for `sizes`, weights by LeCun's normal rule, biases zero."""
+    """Layers `[(weights [n, m], biases [m]), ...]`, LeCun normal weights and zero biases."""
     keys = random.split(key, len(sizes) - 1)
     normal = jax.nn.initializers.lecun_normal()
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
@@ -204,24 +144,24 @@ def quadratic_features(x):
     return x[..., i] * x[..., j]
 
 
-def critic_init(config, key, obs_dim, action_dim):
-    """Random weights of the network, or zero ones of the quadratic."""
+def critic_init(config, key):
+    """Random weights of the network, or zeros for the quadratic."""
+    n = make_env(config.env).obs_dim + make_env(config.env).action_dim
     if config.approximator == "quadratic":
-        n = obs_dim + action_dim + 1
-        return jnp.zeros(n * (n + 1) // 2)
-    return mlp_init(key, (obs_dim + action_dim, *config.hidden_sizes, 1))
+        return jnp.zeros((n + 1) * (n + 2) // 2)
+    return mlp_init(key, (n, *config.hidden_sizes, 1))
 
 
 def policy(params, obs):
-    """Gaussian of actions before they are squashed: `obs [..., obs_dim]` to a distribution over `[..., action_dim]`."""
+    """Gaussian before squashing: `obs [..., obs_dim]` to a distribution over `[..., action_dim]`."""
     mean, log_std = jnp.split(mlp(params, obs), 2, axis=-1)
     return distrax.MultivariateNormalDiag(mean, jnp.exp(jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)))
 
 
-def sample(params, obs, noise):
+def sample_action(params, obs, noise):
     """Squashed `mean + std * noise` and its log-density: `noise [..., action_dim]` to `([..., action_dim], [...])`.
 
-    The density is that of the action before squashing: the inverse of tanh loses all digits where |action| nears 1.
+    Computed from the action before squashing, since the inverse of tanh loses all digits where |action| nears 1.
     """
     gaussian = policy(params, obs)
     unsquashed = gaussian.mean() + gaussian.stddev() * noise
@@ -229,83 +169,47 @@ def sample(params, obs, noise):
     return action, gaussian.log_prob(unsquashed) - log_det
 
 
-def actor(config, params, obs):
-    """Mean of the Boltzmann policy by quadrature, or the squashed mean of the policy: `[n, obs_dim]` to `[n, ...]`."""
-    if config.integral == "quadrature":
-        actions, log_weights = nodes(config)
-
-        def mean(obs):
-            return jax.nn.softmax(critic_at(config, params.critic, obs, actions) / config.beta + log_weights) @ actions
-
-        return project(config, lax.map(mean, obs, batch_size=CHUNK))
-    return jnp.tanh(policy(params.actor, obs).mean())
+def actor(params, obs):
+    """Squashed mean of the policy: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
+    return jnp.tanh(policy(params, obs).mean())
 
 
 def critic(config, params, obs, action):
     """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
     x = jnp.concatenate([obs, action], axis=-1)
-    if config.approximator == "quadratic":
-        return quadratic_features(x) @ params
-    return mlp(params, x)[..., 0]
+    return quadratic_features(x) @ params if config.approximator == "quadratic" else mlp(params, x)[..., 0]
 
 
-def greedy_value(config, params, obs):
-    """What the critic expects of the greedy policy: `obs [n, obs_dim]` to `[n]`."""
-    return critic(config, params.critic, obs, actor(config, params, obs))
+# Learning
 
 
-def act(config, params, obs):
-    """Greedy action in the environment's units and shape for one observation of any shape."""
-    return scale_action(config, actor(config, params, flatten(obs[None]))[0])
+def td_target(config, params, batch, key):
+    """Smooth Bellman operator `[batch]`: the soft value of the next observation."""
+    next_value = soft_value(config, params, batch.next_obs, key)
+    return batch.reward + config.gamma * jnp.where(batch.terminated, 0, next_value)
 
 
-# Soft values: of one observation `[obs_dim]`, a number
-
-
-def critic_at(config, critic_params, obs, actions):
-    """Values `[n]` of `actions [n, action_dim]` for one `obs [obs_dim]`."""
-    return critic(config, critic_params, jnp.broadcast_to(obs, (len(actions), len(obs))), actions)
-
-
-def log_scale(config):
-    """Logarithm of the volume in the environment's units of a unit of volume in [-1, 1]."""
-    _, _, low, high = make_env(config)
-    return 0.0 if is_discrete(config) else float(np.log((high - low) / 2).sum())
-
-
-def nodes(config):
-    """Gauss-Legendre nodes `[n, action_dim]` and log-weights `[n]` over the box, or all Discrete actions."""
-    action_dim = len(make_env(config)[2])
-    if is_discrete(config):
-        return 2 * jnp.eye(action_dim) - 1, jnp.zeros(action_dim)
-    points, weights = np.polynomial.legendre.leggauss(config.num_nodes)
-    grid, log_grid = (np.meshgrid(*[x] * action_dim, indexing="ij") for x in (points, np.log(weights)))
-    actions, log_weights = (np.stack(x, axis=-1).reshape(-1, action_dim) for x in (grid, log_grid))
-    return jnp.asarray(actions, float), jnp.asarray(log_weights.sum(axis=1) + log_scale(config), float)
+def soft_value(config, params, obs, key):
+    """Soft values `[n]` of `obs [n, obs_dim]`, by one of the functions below for each `obs [obs_dim]`."""
+    value, keys = VALUES[config.integral], random.split(key, len(obs))
+    return lax.map(lambda x: value(config, params, *x), (obs, keys), batch_size=CHUNK)
 
 
 def value_by_quadrature(config, params, obs, key):
     """Log-integral of exp(q / beta), times beta."""
     actions, log_weights = nodes(config)
-    q = critic_at(config, params.critic, obs, actions)
+    q = q_values(config, params.critic, obs, actions)
     return config.beta * jax.nn.logsumexp(q / config.beta + log_weights)
 
 
-def samples(config, params, obs, key):
-    """The policy's actions `[num_samples, action_dim]`, their values, and log-densities in the environment's units."""
-    noise = random.normal(key, (config.num_samples, len(make_env(config)[2])))
-    actions, log_prob = sample(params.actor, obs, noise)
-    return critic_at(config, params.critic, obs, actions), log_prob - log_scale(config)
-
-
 def value_by_importance(config, params, obs, key):
-    """The same from weighted samples of the policy: unbiased within the logarithm."""
+    """The same from weighted samples of the policy: unbiased inside the logarithm."""
     q, log_prob = samples(config, params, obs, key)
     return config.beta * (jax.nn.logsumexp(q / config.beta - log_prob) - jnp.log(config.num_samples))
 
 
 def value_by_dual(config, params, obs, key):
-    """The policy's expected value and entropy: no more than the log-integral, and equal for the Boltzmann policy."""
+    """Expected value of the policy with its entropy bonus: a lower bound, exact for the Boltzmann policy."""
     q, log_prob = samples(config, params, obs, key)
     return (q - config.beta * log_prob).mean()
 
@@ -313,232 +217,328 @@ def value_by_dual(config, params, obs, key):
 VALUES = {"quadrature": value_by_quadrature, "importance": value_by_importance, "dual": value_by_dual}
 
 
-def soft_value(config, params, obs, key):
-    """Soft values `[n]` of `obs [n, obs_dim]`."""
-    value, keys = VALUES[config.integral], random.split(key, len(obs))
-    return lax.map(lambda x: value(config, params, *x), (obs, keys), batch_size=CHUNK)
+def nodes(config):
+    """Gauss-Legendre nodes `[n, action_dim]` and log-weights `[n]` over the box, or all Discrete actions."""
+    env = make_env(config.env)
+    if env.discrete:
+        return 2 * jnp.eye(env.action_dim) - 1, jnp.zeros(env.action_dim)
+    points, weights = np.polynomial.legendre.leggauss(config.num_nodes)
+    grid, log_grid = (np.meshgrid(*[x] * env.action_dim, indexing="ij") for x in (points, np.log(weights)))
+    actions, log_weights = (np.stack(x, axis=-1).reshape(-1, env.action_dim) for x in (grid, log_grid))
+    return jnp.asarray(actions, float), jnp.asarray(log_weights.sum(axis=1), float) + log_scale(config)
 
 
-# Base points
+def samples(config, params, obs, key):
+    """Values `[num_samples]` of the policy's actions, and their log-densities in the environment's units."""
+    noise = random.normal(key, (config.num_samples, make_env(config.env).action_dim))
+    actions, log_prob = sample_action(params.actor, obs, noise)
+    return q_values(config, params.critic, obs, actions), log_prob - log_scale(config)
 
 
-def rollout(config, key, num_steps, policy):
-    """`Transition [num_steps]` from fresh environments with `policy(obs [num_envs, obs_dim], key) -> action`."""
-
-    def step(carry, key):
-        key_policy, key_env = random.split(key)
-        env_state, obs = carry
-        env_state, next_obs, transition, _ = env_step(config, env_state, obs, policy(obs, key_policy), key_env)
-        return (env_state, next_obs), transition
-
-    key, key_init = random.split(key)
-    _, transitions = lax.scan(step, env_init(config, key_init), random.split(key, num_steps // config.num_envs))
-    return jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]).astype(float), transitions)
+def log_scale(config):
+    """Logarithm of the volume in the environment's units of a unit of volume in [-1, 1]."""
+    env = make_env(config.env)
+    low, high = env.rescale(-jnp.ones(env.action_dim)), env.rescale(jnp.ones(env.action_dim))
+    return jnp.log((high - low) / 2).sum()
 
 
-def load_base_points(config):
-    """Base points of a file with an array for each field of `Transition`; ValueError where they do not fit."""
-    env, env_params, low, _ = make_env(config)
-    obs_dim = jax.eval_shape(lambda key: env.reset(key, env_params)[0], random.key(0)).size
-    try:
-        with np.load(config.base_points, allow_pickle=False) as file:
-            arrays = [file[field].astype(np.float32) for field in Transition._fields]
-    except Exception as error:
-        raise ValueError(f"base_points={config.base_points}: not a file of base points: {error}") from error
-    n = arrays[0].shape[0] if arrays[0].ndim else 0
-    expected = [(n, obs_dim), (n, len(low)), (n,), (n, obs_dim), (n,)]
-    found = [x.shape for x in arrays]
-    if found != expected or n == 0:
-        raise ValueError(f"base_points={config.base_points}: must hold shapes {expected} for {config.env}, not {found}")
-    if not all(np.isfinite(x).all() for x in arrays) or np.abs(arrays[1]).max() > 1:
-        raise ValueError(f"base_points={config.base_points}: must hold finite numbers, and actions in [-1, 1]")
-    return Transition(*map(jnp.asarray, arrays))
+def q_values(config, critic_params, obs, actions):
+    """Values `[n]` of `actions [n, action_dim]` at `obs [obs_dim]`."""
+    return jax.vmap(functools.partial(critic, config, critic_params, obs))(actions)
 
 
-def collect_base_points(config, key):
-    """Base points of the file, or of uniformly random actions, in random order: any first part is a fair sample."""
-    if config.base_points:
-        return load_base_points(config)
-    _, _, low, _ = make_env(config)
-
-    def explore(obs, key):
-        actions = config.exploration_range * random.uniform(key, (len(obs), len(low)), minval=-1, maxval=1)
-        return project(config, actions)
-
-    key, key_order = random.split(key)
-    base_points = rollout(config, key, config.num_base_points, explore)
-    order = random.permutation(key_order, config.num_base_points)
-    return jax.tree.map(lambda x: x[order], base_points)
+def critic_loss(critic_params, config, batch, target):
+    """Mean squared error to `target [batch]`, and the mean value: `(loss, q_value)`."""
+    q = critic(config, critic_params, batch.obs, batch.action)
+    return jnp.square(q - target).mean(), q.mean()
 
 
-# Losses
+def actor_loss(actor_params, critic_params, config, batch, noise):
+    """KL divergence from the Boltzmann policy, up to a constant, with standard normal `noise [batch, action_dim]`."""
+    action, log_prob = sample_action(actor_params, batch.next_obs, noise)
+    return (config.beta * log_prob - critic(config, critic_params, batch.next_obs, action)).mean()
 
 
-def bellman_targets(config, params, batch, key):
-    """Smooth Bellman operator at each base point: `[num_base_points]`."""
-    next_value = soft_value(config, params, batch.next_obs, key)
-    return batch.reward + config.gamma * (1 - batch.terminated) * next_value
+def optimizer(config):
+    """Adam; a schedule or gradient clipping goes here."""
+    return optax.adam(config.learning_rate)
 
 
-def critic_loss(critic_params, config, batch, targets):
-    """Mean squared error on the targets."""
-    return jnp.square(critic(config, critic_params, batch.obs, batch.action) - targets).mean()
+def apply_grads(config, grads, params, opt_state):
+    """One step of the optimizer: `(params, opt_state)`."""
+    updates, opt_state = optimizer(config).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
-def actor_loss(actor_params, config, critic_params, obs, noise):
-    """Divergence from the Boltzmann policy, up to a constant, with `noise [n, action_dim]` standard normal."""
-    action, log_prob = sample(actor_params, obs, noise)
-    return (config.beta * log_prob - critic(config, critic_params, obs, action)).mean()
-
-
-# Training
-
-
-def descend(config, loss, params, data, key):
-    """`fit_steps` Adam steps on `loss(params, rows)`: new `params`.
-
-    Each step draws `batch_size` rows of `data` anew, or takes all of them where there are no more than that.
-    """
+def fit(config, loss, params, data, key):
+    """New `params` after `fit_steps` steps on `loss(params, rows)`, each with `batch_size` random rows of `data`."""
     n = len(jax.tree.leaves(data)[0])
-    adam = optax.adam(config.learning_rate)
 
     def step(carry, key):
         params, opt_state = carry
         index = random.randint(key, (config.batch_size,), 0, n)
         rows = jax.tree.map(lambda x: x[index], data) if config.batch_size < n else data
-        updates, opt_state = adam.update(jax.grad(loss)(params, rows), opt_state)
-        return (optax.apply_updates(params, updates), opt_state), None
+        return apply_grads(config, jax.grad(loss)(params, rows), params, opt_state), None
 
-    (params, _), _ = lax.scan(step, (params, adam.init(params)), random.split(key, config.fit_steps))
-    return params
+    return lax.scan(step, (params, optimizer(config).init(params)), random.split(key, config.fit_steps))[0][0]
 
 
-def fit_quadratic(config, batch, targets):
-    """Ridge regression of the targets on quadratic features of mean square 1, in closed form."""
+def fit_quadratic(config, batch, target):
+    """Ridge regression of `target` on quadratic features scaled to mean square 1, in closed form."""
     x = quadratic_features(jnp.concatenate([batch.obs, batch.action], axis=1))
     scale = jnp.sqrt(jnp.square(x).mean(axis=0)) + 1e-6
     x /= scale
     gram = x.T @ x / len(x) + config.ridge * jnp.eye(x.shape[1])
-    return jnp.linalg.solve(gram, x.T @ targets / len(x)) / scale
+    return jnp.linalg.solve(gram, x.T @ target / len(x)) / scale
 
 
-def fit_critic(config, params, batch, targets, key):
+def fit_critic(config, params, batch, target, key):
     """New parameters of the critic."""
     if config.approximator == "quadratic":
-        return fit_quadratic(config, batch, targets)
+        return fit_quadratic(config, batch, target)
     key, key_init = random.split(key)
-    if config.from_scratch:
-        params = critic_init(config, key_init, batch.obs.shape[1], batch.action.shape[1])
-    return descend(config, lambda params, rows: critic_loss(params, config, *rows), params, (batch, targets), key)
+    params = critic_init(config, key_init) if config.from_scratch else params
+    return fit(config, lambda params, rows: critic_loss(params, config, *rows)[0], params, (batch, target), key)
 
 
 def fit_actor(config, params, critic_params, batch, key):
-    """New parameters of the policy and their loss: `(params, loss)`; each base point has its noise, drawn once."""
+    """New parameters of the actor and their loss: `(params, loss)`; the noise of a base point is drawn once."""
     key, key_noise = random.split(key)
-    rows = batch.next_obs, random.normal(key_noise, batch.action.shape)
-    params = descend(config, lambda params, rows: actor_loss(params, config, critic_params, *rows), params, rows, key)
-    return params, actor_loss(params, config, critic_params, *rows)
+    rows = batch, random.normal(key_noise, batch.action.shape)
+    loss = lambda params, rows: actor_loss(params, critic_params, config, *rows)
+    params = fit(config, loss, params, rows, key)
+    return params, loss(params, rows)
 
 
-def check(config):
-    """Raise a ValueError `field=value: rule` where sizes and choices do not fit together."""
-    discrete, way = is_discrete(config), config.integral
-    points = config.num_nodes ** len(make_env(config)[2])
-    many = way == "quadrature" and not discrete and points > MAX_NODES
-    rules = [
-        ("num_base_points", config.num_base_points % config.num_envs == 0, f"a multiple of num_envs={config.num_envs}"),
-        (
-            "iterations_per_epoch",
-            config.num_iterations % config.iterations_per_epoch == 0,
-            f"a divisor of num_iterations={config.num_iterations}",
-        ),
-        ("integral", way == "quadrature" or not discrete, f"quadrature: the actions of {config.env} are Discrete"),
-        ("num_nodes", not many, f"less, or integral another: a quadrature of {points} nodes is too large"),
-    ]
-    for name, kept, rule in rules:
-        if not kept:
-            raise ValueError(f"{name}={getattr(config, name)}: must be {rule}")
+# Policies
+
+
+def greedy(config, params, obs):
+    """Mean of the Boltzmann policy by quadrature, or of the policy, squashed: `obs [..., obs_dim]` to actions."""
+    if config.integral != "quadrature":
+        return actor(params.actor, obs)
+    actions, log_weights = nodes(config)
+    weights = lambda obs: jax.nn.softmax(q_values(config, params.critic, obs, actions) / config.beta + log_weights)
+    return project(config, jnp.vectorize(weights, signature="(i)->(j)")(obs) @ actions)
+
+
+def random_policy(config, params, obs, key):
+    """Uniformly random actions within `exploration_range`."""
+    shape, bound = (*obs.shape[:-1], make_env(config.env).action_dim), config.exploration_range
+    return project(config, random.uniform(key, shape, minval=-bound, maxval=bound))
+
+
+def project(config, action):
+    """Project onto the action set: `[..., action_dim]` clipped to [-1, 1], or the code of the largest coordinate."""
+    if make_env(config.env).discrete:
+        return 2 * jax.nn.one_hot(jnp.argmax(action, axis=-1), action.shape[-1]) - 1
+    return jnp.clip(action, -1, 1)
+
+
+def act(config, params, obs):
+    """Greedy action in the environment's units and shape, for one observation of any shape."""
+    return make_env(config.env).rescale(greedy(config, params, flatten(obs)))
+
+
+# Environment
+
+
+class Env(NamedTuple):
+    """An environment as pure functions, with observations `[obs_dim]` and actions `[action_dim]` in [-1, 1].
+
+    Discrete actions are coded as vectors of -1 with a 1 in the action's place.
+    Where an episode has ended, `step` gives as `obs` the first of a new one, and as `next_obs` its last.
+    """
+
+    obs_dim: int
+    action_dim: int
+    discrete: bool
+    reset: Callable  # key -> (env_state, obs)
+    step: Callable  # (env_state, action, key) -> (env_state, obs, reward, next_obs, terminated, truncated)
+    rescale: Callable  # action -> the nearest admissible one in the environment's bounds and shape
+
+
+def flatten(obs):
+    """One observation, of any shape and type, as floats `[obs_dim]`."""
+    return jnp.ravel(obs).astype(float)
+
+
+@functools.cache
+def make_env(name):
+    """The gymnax environment `name`; ValueError unless its actions are discrete, or bounded and continuous."""
+    with jax.ensure_compile_time_eval():
+        env, env_params = gymnax.make(name)
+        space = env.action_space(env_params)
+        discrete = hasattr(space, "n")
+        low, high = (np.broadcast_to(getattr(space, bound, np.nan), space.shape) for bound in ("low", "high"))
+    if not discrete and not np.isfinite([low, high]).all():
+        raise ValueError(f"env={name}: must have Discrete actions or actions in a Box with finite bounds")
+
+    def rescale(action):
+        if discrete:
+            return jnp.argmax(action)
+        return low + (jnp.clip(action, -1, 1).reshape(low.shape) + 1) / 2 * (high - low)
+
+    def reset(key):
+        obs, env_state = env.reset(key, env_params)
+        return env_state, flatten(obs)
+
+    def step(env_state, action, key):
+        obs, env_state, reward, terminated, truncated, info = env.step(key, env_state, rescale(action), env_params)
+        # wrappers often transform `obs` alone, so the copy in `info` is read only where there is no other
+        next_obs = jnp.where(terminated | truncated, flatten(info["final_observation"]), flatten(obs))
+        return env_state, flatten(obs), reward, next_obs, terminated, truncated
+
+    action_dim = int(space.n) if discrete else low.size
+    return Env(jax.eval_shape(reset, random.key(0))[1].size, action_dim, discrete, reset, step, rescale)
+
+
+def rollout(config, params, policy, env_state, obs, keys):
+    """Step all environments once per key: `(env_state, obs, Transition [len(keys), num_envs])`."""
+    env_step = jax.vmap(make_env(config.env).step)
+
+    def step(carry, key):
+        env_state, obs = carry
+        key_policy, key_env = random.split(key)
+        action = policy(config, params, obs, key_policy)
+        keys_env = random.split(key_env, len(obs))
+        env_state, new_obs, reward, next_obs, terminated, _ = env_step(env_state, action, keys_env)
+        return (env_state, new_obs), Transition(obs, action, reward, next_obs, terminated)
+
+    (env_state, obs), transitions = lax.scan(step, (env_state, obs), keys)
+    return env_state, obs, transitions
+
+
+# Base points
+
+
+def collect(config, params, policy, num_steps, key):
+    """`num_steps` steps of new environments with `policy`, in random order: `Transition [num_steps * num_envs]`."""
+    key_reset, key_rollout, key_order = random.split(key, 3)
+    env_state, obs = jax.vmap(make_env(config.env).reset)(random.split(key_reset, config.num_envs))
+    _, _, batch = rollout(config, params, policy, env_state, obs, random.split(key_rollout, num_steps))
+    # no target uses the last observation of a terminated episode, but a fit of the policy may, and it can be NaN
+    next_obs = jnp.where(batch.terminated[..., None] & ~jnp.isfinite(batch.next_obs), 0, batch.next_obs)
+    order = random.permutation(key_order, batch.reward.size)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order].astype(float), batch._replace(next_obs=next_obs))
+
+
+def load(config):
+    """The file's base points, an array for each field of `Transition`; ValueError where they do not fit."""
+    env = make_env(config.env)
+    try:
+        with np.load(config.base_points, allow_pickle=False) as file:
+            points = Transition(*(file[field].astype(np.float32) for field in Transition._fields))
+    except Exception as error:
+        raise ValueError(f"base_points={config.base_points}: not a file of base points: {error}") from error
+    n, found = points.reward.size, [x.shape for x in points]
+    expected = [(n, env.obs_dim), (n, env.action_dim), (n,), (n, env.obs_dim), (n,)]
+    if found != expected or n == 0:
+        raise ValueError(f"base_points={config.base_points}: must hold shapes {expected} for {config.env}, not {found}")
+    if not all(np.isfinite(x).all() for x in points) or np.abs(points.action).max() > 1:
+        raise ValueError(f"base_points={config.base_points}: must hold finite numbers, and actions in [-1, 1]")
+    return jax.tree.map(jnp.asarray, points)
+
+
+# Training
 
 
 def iteration(config, state):
-    """Targets, fits, and change of the Q-function: `(State, losses)`."""
-    key, key_value, key_critic, key_actor, key_delta = random.split(state.key, 5)
+    """One fit of the critic to its own targets, and one of the actor to the critic: `State`."""
+    key, key_target, key_critic, key_actor, key_delta = random.split(state.key, 5)
     batch, old = state.base_points, state.params
-    targets = bellman_targets(config, old, batch, key_value)
-    critic_params = fit_critic(config, old.critic, batch, targets, key_critic)
-    actor_params, actor_loss = old.actor, jnp.zeros(())
+    target = td_target(config, old, batch, key_target)
+    critic_params = fit_critic(config, old.critic, batch, target, key_critic)
+    actor_params, loss = old.actor, jnp.zeros(())
     if config.integral != "quadrature":
-        actor_params, actor_loss = fit_actor(config, old.actor, critic_params, batch, key_actor)
+        actor_params, loss = fit_actor(config, old.actor, critic_params, batch, key_actor)
     action = project(config, random.uniform(key_delta, batch.action.shape, minval=-1, maxval=1))
-    change = critic(config, critic_params, batch.obs, action) - critic(config, old.critic, batch.obs, action)
-    params, delta = Params(actor_params, critic_params), jnp.square(change).mean()
-    state = State(params, batch, state.iteration + 1, delta, key)
-    return state, (critic_loss(critic_params, config, batch, targets), actor_loss)
+    q, q_new = (critic(config, params, batch.obs, action) for params in (old.critic, critic_params))
+    losses = (*critic_loss(critic_params, config, batch, target), loss)
+    params, delta = Params(actor_params, critic_params), jnp.square(q_new - q).mean()
+    return state._replace(params=params, iteration=state.iteration + 1, delta=delta, losses=losses, key=key)
 
 
 def evaluate(config, params, key):
-    """Greedy policy on whole episodes in fresh environments: `(returns [num_eval_episodes], value_bias [])`.
-
-    The returns are undiscounted. The bias is the critic's value of the first observation minus the discounted return
-    from there, its part beyond a time limit filled in with the critic's value of the last observation; a mean.
-    """
-    env, env_params, *_ = make_env(config)
+    """Undiscounted returns `[num_eval_episodes]` of the greedy policy on new episodes."""
+    env = make_env(config.env)
 
     def step(carry):
-        obs, env_state, _, _, total, discounted, discount, key = carry
+        env_state, obs, total, _, key = carry
         key, key_step = random.split(key)
-        action = act(config, params, obs)
-        _, env_state, reward, terminated, truncated, info = env.step(key_step, env_state, action, env_params)
-        totals = total + reward, discounted + discount * reward, discount * config.gamma
-        return info["final_observation"], env_state, terminated, truncated, *totals, key
+        env_state, obs, reward, _, terminated, truncated = env.step(env_state, greedy(config, params, obs), key_step)
+        return env_state, obs, total + reward, terminated | truncated, key
 
     def episode(key):
         key, key_reset = random.split(key)
-        first_obs, env_state = env.reset(key_reset, env_params)
-        carry = first_obs, env_state, False, False, jnp.zeros(()), jnp.zeros(()), jnp.ones(()), key
-        carry = lax.while_loop(lambda carry: ~(carry[2] | carry[3]), step, carry)
-        last_obs, _, terminated, _, total, discounted, discount, _ = carry
-        first_value, last_value = greedy_value(config, params, flatten(jnp.stack([first_obs, last_obs])))
-        return total, first_value - discounted - discount * (1 - terminated) * last_value
+        carry = (*env.reset(key_reset), jnp.zeros(()), False, key)
+        return lax.while_loop(lambda carry: ~carry[3], step, carry)[2]
 
-    returns, bias = jax.vmap(episode)(random.split(key, config.num_eval_episodes))
-    return returns, bias.mean()
+    return jax.vmap(episode)(random.split(key, config.num_eval_episodes))
+
+
+RULES = {
+    "finite": np.isfinite,
+    "> 0": lambda x: np.isfinite(x) & (x > 0),
+    ">= 0": lambda x: np.isfinite(x) & (x >= 0),
+    "in (0, 1]": lambda x: (x > 0) & (x <= 1),
+    "in [0, 1]": lambda x: (x >= 0) & (x <= 1),
+    "from 1 to 2147483647": lambda x: (x >= 1) & (x < 2**31),
+}
+
+
+def check(config):
+    """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for field in dataclasses.fields(config):
+        count = field.type in (int, tuple[int, ...])
+        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        for x in jax.tree.leaves(getattr(config, field.name)):
+            if not isinstance(x, str | jax.core.Tracer) and not np.all(RULES[rule](x)):
+                raise ValueError(f"{field.name}={x}: must be {rule}")
+
+
+def check_choices(config):
+    """ValueError where the integral does not fit the actions or the memory."""
+    env, quadrature = make_env(config.env), config.integral == "quadrature"
+    if env.discrete and not quadrature:
+        raise ValueError(f"integral={config.integral}: must be quadrature: the actions of {config.env} are Discrete")
+    n = config.num_nodes**env.action_dim
+    if quadrature and not env.discrete and n > MAX_NODES:
+        raise ValueError(f"num_nodes={config.num_nodes}: must be less: a quadrature of {n} nodes is too large")
+
+
+def num_epochs(config):
+    """The fewest epochs that make `num_iterations` iterations."""
+    return math.ceil(config.num_iterations / config.iterations_per_epoch)
 
 
 def init(config, key):
-    """Base points, a new Q-function and policy. ValueError where the configuration does not fit."""
+    """Base points and new networks; ValueError where `config` does not fit."""
     check(config)
-    key, key_base_points, key_critic, key_actor = random.split(key, 4)
-    base_points = collect_base_points(config, key_base_points)
-    obs_dim, action_dim = base_points.obs.shape[1], base_points.action.shape[1]
-    critic_params = critic_init(config, key_critic, obs_dim, action_dim)
-    actor_params = mlp_init(key_actor, (obs_dim, *config.hidden_sizes, 2 * action_dim))
-    return State(Params(actor_params, critic_params), base_points, jnp.int32(0), jnp.array(jnp.inf), key)
+    check_choices(config)
+    key, key_eval, key_actor, key_critic, key_base_points = random.split(key, 5)
+    env, num_steps = make_env(config.env), math.ceil(config.num_base_points / config.num_envs)
+    points = load(config) if config.base_points else collect(config, None, random_policy, num_steps, key_base_points)
+    actor_params = mlp_init(key_actor, (env.obs_dim, *config.hidden_sizes, 2 * env.action_dim))
+    params, losses = Params(actor_params, critic_init(config, key_critic)), tuple(jnp.zeros(3))
+    return State(params, points, jnp.int32(len(points.reward)), jnp.int32(0), jnp.array(jnp.inf), losses, key, key_eval)
 
 
 def epoch(config, state):
-    """`iterations_per_epoch` iterations, fewer if q stops changing, then a greedy evaluation: `(State, Metrics)`."""
+    """`iterations_per_epoch` iterations, fewer if delta falls below `tolerance`, and evaluate: `(State, Metrics)`."""
     end = state.iteration + config.iterations_per_epoch
-
-    def unfinished(carry):
-        state, _ = carry
-        return (state.iteration < end) & (state.delta >= config.tolerance)
-
-    none = jnp.zeros(()), jnp.zeros(())
-    state, losses = lax.while_loop(unfinished, lambda carry: iteration(config, carry[0]), (state, none))
-    key, key_eval = random.split(state.key)
-    returns, value_bias = evaluate(config, state.params, key_eval)
-    step = jnp.int32(len(state.base_points.reward))
-    return state._replace(key=key), Metrics(step, returns, value_bias, state.iteration, state.delta, *losses)
+    unfinished = lambda state: (state.iteration < end) & (state.delta >= config.tolerance)
+    state = lax.while_loop(unfinished, functools.partial(iteration, config), state)
+    returns = evaluate(config, state.params, random.fold_in(state.key_eval, state.iteration))
+    return state, Metrics(state.step, returns, *state.losses, state.iteration, state.delta)
 
 
 def train(config, key):
-    """The whole run, a pure function: `(State, Metrics)`, every metric with a leading axis `[num_epochs]`."""
-    num_epochs = config.num_iterations // config.iterations_per_epoch
-    return lax.scan(lambda state, _: epoch(config, state), init(config, key), length=num_epochs)
+    """A whole run, a pure function: `(State, Metrics)`, metrics with a leading axis `[num_epochs]`."""
+    return lax.scan(lambda state, _: epoch(config, state), init(config, key), length=num_epochs(config))
 
 
 if __name__ == "__main__":
-    from common.run import main
+    from amortax.common.run import main
 
-    main(Config, init, epoch)
+    main(Config, init, epoch, num_epochs)

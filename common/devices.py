@@ -6,8 +6,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.extend.backend import clear_backends
+
+from amortax.common import distributed
 
 LARGE_PRODUCT = 2_500_000  # multiply-adds; XLA:CPU splits a larger matrix product among threads
 CPU_SHARE = 0.45  # of the memory of a machine, for runs: while Orbax writes a checkpoint it holds a copy of them
@@ -79,6 +80,4 @@ def memory():
         limit = DEVICE_SHARE * stats["bytes_limit"]
     elif jax.default_backend() == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
         limit = CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
-    if jax.process_count() > 1:
-        limit = float(multihost_utils.process_allgather(np.float32(limit)).min())
-    return limit
+    return float(distributed.gather([np.float32(limit)]).min())

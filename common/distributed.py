@@ -1,5 +1,6 @@
 """Several processes that share the runs of one command, by `jax.distributed`."""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -30,13 +31,27 @@ def connect(coordinator_address="", num_processes=0, process_id=-1):
         cli.fail(f"--distributed: {str(error).splitlines()[0]}; give {how}")
 
 
+class Lost(Exception):
+    """An operation of all processes failed: one of them was lost; the message is written for the user."""
+
+
+@contextlib.contextmanager
+def collective():
+    """Raise `Lost` where an operation of all processes fails."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # which one depends on the operation
+        if jax.process_count() == 1:
+            raise
+        said = str(error).splitlines()[0]
+        raise Lost(f"--distributed: another process was lost ({said}); --resume continues") from error
+
+
 def abort(error, message=None) -> NoReturn:
     """End this process at once, with exit code 3: a regular exit would wait for the others, of which one may be lost.
 
-    Prints `message`, or else what `error` means: to JAX a lost process is an error of the runtime.
+    Prints `message`, or else the traceback of `error`.
     """
-    if message is None and isinstance(error, jax.errors.JaxRuntimeError):
-        message = f"--distributed: another process was lost ({str(error).splitlines()[0]}); --resume continues"
     if message is None:
         traceback.print_exception(error)
     else:
@@ -60,11 +75,18 @@ def print_once(line):
 def synchronize(name):
     """Wait for the other processes."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        with collective():
+            multihost_utils.sync_global_devices(name)
+
+
+def gather(values):
+    """`values [n]` of each process, `[num_processes, n]`."""
+    if jax.process_count() == 1:
+        return np.array([values])
+    with collective():
+        return multihost_utils.process_allgather(np.array(values))
 
 
 def any_process(*flags):
     """For each flag, whether it is true in any process."""
-    if jax.process_count() == 1:
-        return flags
-    return multihost_utils.process_allgather(np.array(flags)).any(axis=0)
+    return gather(flags).any(axis=0)

@@ -49,15 +49,15 @@ def main(config_class, init, epoch, num_epochs):
     """
     config, options = cli.parse_run(config_class)
     grid = sweep.parse(config, options.sweep)
-    out_folder, runs = prepare(config, options, grid, init)
-    checkpoints = out_folder / f"checkpoint_{runs[0].seed}_{runs[-1].seed}"
     try:
+        out_folder, runs = prepare(config, options, grid, init)
+        checkpoints = out_folder / f"checkpoint_{runs[0].seed}_{runs[-1].seed}"
         complete = train(init, epoch, num_epochs(config), runs, checkpoints, options)
+        distributed.synchronize("trained")
     except Exception as error:
         fail_late(error)
     if not complete:
         raise SystemExit(130)
-    distributed.synchronize("trained")
     code = report(runs, out_folder, grid, options)
     checkpoint.delete(checkpoints)
     raise SystemExit(code)
@@ -85,8 +85,8 @@ def prepare(config, options, grid, init):
 
 
 def fail_late(error):
-    """End the process for an error that occurred while training."""
-    message = str(error) if isinstance(error, track.Failed) else None
+    """End the process for an error that is no mistake in the command."""
+    message = str(error) if isinstance(error, (track.Failed, distributed.Lost)) else None
     if isinstance(error, jax.errors.JaxRuntimeError) and milp.failures:  # in a call of the host by the program
         message = f"--maximizer milp: {milp.failures.pop()}"
     if jax.process_count() > 1:
@@ -118,9 +118,6 @@ def train(init, epoch, num_epochs, runs, checkpoints, options):
         compiled = programs.compile_to_fit(runs[0].config, init, epoch, num_runs, devices.memory())
         training = Training(runs, num_epochs, compiled, checkpoints)
         distributed.synchronize("compiled")
-        if compiled.round_size < num_runs:
-            rounds = math.ceil(num_runs / compiled.round_size)
-            distributed.print_once(f"{num_runs:,} runs are trained in {rounds:,} rounds of {compiled.round_size:,}")
         while position.first < len(runs):
             position = position._replace(last=min(position.last, position.first + compiled.round_size))
             with track.tracking(options.track, options.resume) as log:
@@ -192,7 +189,8 @@ def save(training, reached, batch, states, rows, log):
         log(folder, run_rows)
         policy.save(folder, params[i])
     if reached.epochs < training.num_epochs:
-        checkpoint.save(training.checkpoints, reached, programs.to_arrays(training.programs, states))
+        with distributed.collective():
+            checkpoint.save(training.checkpoints, reached, programs.to_arrays(training.programs, states))
 
 
 def epoch_line(training, position, reached, rows, seconds):

@@ -84,24 +84,17 @@ def open_tensorboard(stack, folder, resume):
     return send
 
 
-def open_wandb(stack, folder, resume):
-    """`send({x: row})` to a wandb run, with `resume` the last one of this folder; `stack` finishes it."""
+def start_wandb(folder, run_id):
+    """A new wandb run, or the one with this id, for the folder of a seed."""
     import wandb
 
-    path = folder / "wandb" / "run.json"
-    last = json.loads(path.read_text()) if resume and path.exists() else {"id": secrets.token_hex(4), "sent": -1}
-
-    def keep():
-        record.write_atomic(path, json.dumps(last).encode())
-
-    keep()
     *group, seed = folder.parts[-4:]
     try:
-        run = wandb.init(
+        return wandb.init(
             project=wandb.setup().settings.project or "amortax",
             group="/".join(group),
             name="/".join([*group, seed]),
-            id=last["id"],
+            id=run_id,
             resume="allow",
             reinit="create_new",
             dir=folder,
@@ -110,6 +103,18 @@ def open_wandb(stack, folder, resume):
         )
     except wandb.Error as error:
         raise Failed(f"--track wandb: {error}") from error
+
+
+def open_wandb(stack, folder, resume):
+    """`send({x: row})` to a wandb run, with `resume` the last one of this folder; `stack` finishes it."""
+    path = folder / "wandb" / "run.json"
+    last = json.loads(path.read_text()) if resume and path.exists() else {"id": secrets.token_hex(4), "sent": -1}
+
+    def keep():
+        record.write_atomic(path, json.dumps(last).encode())
+
+    keep()
+    run = start_wandb(folder, last["id"])
     stack.callback(keep)  # after it has finished: a killed process loses what wandb has not sent
     stack.enter_context(run)
     first = run.starting_step or last["sent"] + 1  # a server knows its last step

@@ -1,12 +1,13 @@
-"""Regenerate the figures and tables of this folder from named experiments.
+"""Reproduce the tables and figures of this folder by named experiments.
 
-    python results/reproduce.py --list                 their names
-    python results/reproduce.py overestimation         one, or several after each other, or `all`
+    python results/reproduce.py --list                 names of the experiments
+    python results/reproduce.py overestimation         run one, or several, or `all`
     python results/reproduce.py all --quick            small versions of them, in results/runs/quick
+    python results/reproduce.py all --redraw           figures and text from the data in this folder; measures nothing
 
-An experiment leaves its raw numbers, NAME.csv, its figure, NAME.png, and its section of README.md, both made from
-the raw numbers alone. What is finished is kept below results/runs/reproduce, so that one that was killed goes on from
-there; the same code on the same machine gives the same .csv, byte for byte, but for measured times.
+An experiment writes its data, data/NAME.csv, and from these alone its figure, figures/NAME.png, and its section of
+README.md. Finished cells are kept in results/runs/reproduce, from which an interrupted experiment resumes; with the
+same code on the same machine reruns are byte-identical except for timings.
 """
 
 import dataclasses
@@ -17,41 +18,44 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import amortization_time
-import boltzmann
-import claims
-import closed_form
-import curves
-import distributions
-import estimators
-import films
-import gradient_variance
-import lineage
-import maximizers
-import optimum
-import study
-import svg_gradients
 import tyro
-from benchmark import machine
-from study import ROOT, WORK
+from benchmark.benchmark import machine
+from experiments import (
+    amortization_time,
+    boltzmann,
+    claims,
+    closed_form,
+    curves,
+    distributions,
+    estimators,
+    films,
+    gradient_variance,
+    lineage,
+    maximizers,
+    optimum,
+    study,
+    svg_gradients,
+    training,
+)
+from experiments.study import RESULTS, ROOT
 
-from common import cli, plot, record
+from amortax.common import cli, plot, record
 
 MODULES = (lineage, films, optimum, curves, claims, closed_form, boltzmann)
 MODULES += (estimators, distributions, gradient_variance, svg_gradients, maximizers, amortization_time)
 EXPERIMENTS = {name: experiment for module in MODULES for name, experiment in module.EXPERIMENTS.items()}
-ALGORITHM_FILES = sorted((ROOT / "algorithms").glob("*.py"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Regenerate figures and tables from named experiments."""
+    """Reproduce tables and figures by named experiments."""
 
     # names of experiments, or `all`
     experiments: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="EXPERIMENT")] = ()
-    list: bool = False  # print the names, and do nothing else
-    quick: bool = False  # small versions, which show that all works, and nothing besides
-    out: Path | None = None  # folder of the results; results, or results/runs/quick with --quick
+    list: bool = False  # print the names and exit
+    quick: bool = False  # small versions, to test that everything works
+    redraw: bool = False  # figures and text from existing data; measure nothing
+    out: Path | None = None  # folder of the results; by default results, or results/runs/quick with --quick
 
 
 def main():
@@ -63,82 +67,95 @@ def main():
     names = list(EXPERIMENTS) if options.experiments == ("all",) else options.experiments
     for name in names:
         if name not in EXPERIMENTS:
-            cli.fail(f"{name}: no such experiment; --list names them")
+            cli.fail(f"{name}: no such experiment; --list prints all names")
     if not names:
-        cli.fail("no experiment named; --list names them, and `all` is all of them")
-    out = options.out or (WORK.parent / "quick" if options.quick else ROOT / "results")
+        cli.fail("no experiment given; --list prints all names, and `all` runs all of them")
+    if options.quick and options.redraw:
+        cli.fail("--redraw: not with --quick")
+    out = options.out or (RESULTS / "runs" / "quick" if options.quick else RESULTS)
     for name in names:
         try:
-            reproduce(name, out, options.quick)
+            redraw(name, out) if options.redraw else reproduce(name, out, options.quick)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from there", file=sys.stderr)
+            print("interrupted; run the same command again to resume", file=sys.stderr)
             raise SystemExit(130) from None
 
 
 def reproduce(name, out, quick):
-    """Measure what is not yet measured of an experiment, and write its files."""
+    """Measure the missing cells of an experiment and write its files."""
     experiment = EXPERIMENTS[name]
     rows = []
     for label, cell in (experiment.quick(experiment.cells) if quick else experiment.cells).items():
-        path = WORK / "cells" / f"{fingerprint(experiment, cell)}.csv"
+        path = training.WORK / "cells" / f"{training.fingerprint(experiment, cell)}.csv"
         if not path.exists():
-            begin = time.monotonic()
+            start = time.monotonic()
             record.write_rows(path, experiment.measure(cell))
-            print(f"{name}: {label}: {time.monotonic() - begin:.0f} s", flush=True)
+            print(f"{name}: {label}: {time.monotonic() - start:.0f} s", flush=True)
         rows += [{"label": label} | row for row in study.read(path)]
-    record.write_rows(out / f"{name}.csv", rows)
-    rows = study.numbers(study.read(out / f"{name}.csv"))
+    record.write_rows(out / "data" / f"{name}.csv", rows)
+    command = f"python results/reproduce.py {name}" + " --quick" * quick
+    write(name, out, f"`{command}`, {datetime.date.today()}, on {machine()}")
+
+
+def redraw(name, out):
+    """Write the figure and the section of an experiment anew from its data, which keep their date and machine."""
+    readme = out / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    origin = re.search(rf"^(`python results/reproduce\.py {name}( --quick)?`, .*)\. Data: ", text, re.MULTILINE)
+    if not origin or not (out / "data" / f"{name}.csv").exists():
+        cli.fail(f"--redraw: {out} has no data or no section of {name}; run the experiment first")
+    write(name, out, origin[1])
+
+
+def write(name, out, origin):
+    """Write figure, section and list of claims from the data; `origin` says how, when and where they were measured."""
+    experiment = EXPERIMENTS[name]
+    rows = study.numbers(study.read(out / "data" / f"{name}.csv"))
     if experiment.draw:
-        save(experiment.draw(rows), out / picture(name))
-    write_between(out / "README.md", name, section(name, rows, quick))
-    if out == ROOT / "results" and not quick:
+        save(experiment.draw(rows), out / figure_path(name))
+    write_between(out / "README.md", name, section(name, rows, origin))
+    if out == RESULTS:
         write_between(ROOT / "README.md", "claims", claims_table())
-    print(f"{name}: {out / name}.csv", flush=True)
+    print(f"{name}: {out / 'data' / name}.csv", flush=True)
 
 
-def picture(name):
-    """The file name of an experiment's figure."""
-    return f"{name}.{EXPERIMENTS[name].picture}"
+def figure_path(name):
+    """The path of an experiment's figure, relative to the folder of the results."""
+    return f"figures/{name}.{EXPERIMENTS[name].figure_type}"
 
 
 def save(drawn, path):
-    """Write a figure, or the bytes of a film."""
+    """Write a figure, or the bytes of a GIF."""
     if isinstance(drawn, bytes):
         record.write_atomic(path, drawn)
     else:
         plot.save(drawn, path)
 
 
-def fingerprint(experiment, cell):
-    """Names what a cell measures, with the code and versions that decide its numbers."""
-    sources = [study.source(cell)] if isinstance(cell, study.Run) else [*map(Path.read_text, ALGORITHM_FILES)]
-    sources += [(ROOT / "results" / f"{source}.py").read_text() for source in experiment.sources]
-    return study.digest("\n".join([experiment.measure.__qualname__, repr(cell), *sources]))
-
-
-def section(name, rows, quick):
-    """The section of `README.md`: heading, figure, what it says, and where its numbers come from."""
+def section(name, rows, origin):
+    """The section of `README.md`: heading, figure, report, and the origin of the data."""
     experiment = EXPERIMENTS[name]
-    anchor = f'### <a name="{name}"></a>{experiment.title}'
-    shown = [f"![{experiment.title}]({picture(name)})", ""] if experiment.draw else []
-    command = f"python results/reproduce.py {name}" + " --quick" * quick
-    source = f"`{command}`, {datetime.date.today()}, on {machine()}. Numbers: [{name}.csv]({name}.csv)"
-    return "\n".join([anchor, "", *shown, experiment.report(rows), "", f"{source}, {experiment.sample}."])
+    parts = [f'### <a name="{name}"></a>{experiment.title}']
+    if experiment.draw:
+        parts.append(f"![{experiment.title}]({figure_path(name)})")
+    parts.append(study.report(experiment, rows))
+    parts.append(f"{origin}. Data: [{name}.csv](data/{name}.csv), {experiment.sample}.")
+    return "\n\n".join(parts)
 
 
 def claims_table():
-    """The claims whose numbers are in `results`, each with its verdict, for the project's README."""
+    """The claims with data in `results`, each with its verdict, for the project's README."""
     lines = []
     for name, experiment in EXPERIMENTS.items():
-        path = ROOT / "results" / f"{name}.csv"
-        found = path.exists() and re.match(r"\*\*(.+?)\.\*\*", experiment.report(study.numbers(study.read(path))))
-        if found:
-            lines.append([f"[{experiment.title}](results/README.md#{name})", found[1].lower()])
+        path = RESULTS / "data" / f"{name}.csv"
+        if experiment.criterion and path.exists():
+            verdict = study.verdict(study.judge(experiment, study.numbers(study.read(path))))
+            lines.append([f"[{experiment.title}](results/README.md#{name})", re.split("[:.]", verdict.lower())[0]])
     return study.table(["claim", "verdict"], lines)
 
 
 def write_between(path, name, text):
-    """Put a text between its two markers in a file, which it gets at the file's end if it has none."""
+    """Replace the text between two markers in a file; markers that are missing are added at its end."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     old = path.read_text() if path.exists() else "# Results\n"
     if begin not in old:

@@ -1,11 +1,11 @@
-"""Measure speed and memory on this machine, beside peers; write `benchmark.json` and the table in `results/README.md`.
+"""Measure speed and memory, also of peers, and write `benchmark.json` and the table in `results/README.md`.
 
-    python results/benchmark.py                  all but the peers
-    python results/benchmark.py --peers FOLDER   with each peer in an environment in FOLDER, made if it is absent
-    python results/benchmark.py --only WORD ...  only these groups, whose rows replace the old ones in `benchmark.json`
+    python results/benchmark/benchmark.py                  everything except the peers
+    python results/benchmark/benchmark.py --peers FOLDER   with each peer in a virtual environment in FOLDER
+    python results/benchmark/benchmark.py --only WORD ...  only these groups; the other rows of `benchmark.json` remain
 
-Groups: peers, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command. What is compared takes turns in
-one run, a turn of each before the next of any; figures are medians of `--turns` turns, after one that warms up. Close
+Groups: peers, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command. Measurements that are compared are
+interleaved, one turn of each after the other; the numbers are medians of `--turns` turns after a warm-up turn. Close
 other programs.
 """
 
@@ -24,29 +24,31 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "svg")  # those that replay
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER.parent
+ROOT = RESULTS.parent
+ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "svg")  # those with a replay buffer
 EVERY_ALGORITHM = ("fqi", "fqi_amortized", "nfqca", "soft_fqi", *ALGORITHMS, "reinforce")
-PEERS = {  # what pip installs
+PEERS = {  # requirements for pip
     "rejax": ("rejax==0.1.3", "gymnax==0.0.9"),
     "sbx": ("sbx-rl==0.28.0", "gymnasium[classic-control]==1.4.0"),
     "sb3": ("stable-baselines3==2.9.2", "gymnasium[classic-control]==1.4.0"),
 }
 NAMES = {"rejax": "rejax", "sbx": "SBX", "sb3": "Stable-Baselines3"}
-ABSENT = "CleanRL's JAX TD3 and DDPG, PureJaxRL and Stoix are no packages of the registry: not measured."
+ABSENT = "CleanRL's JAX TD3 and DDPG, PureJaxRL and Stoix are not available as packages: not measured."
 SINGLE_CORE = ("taskset", "--cpu-list", "0")
 GOAL = -200
-BEGIN, END = "<!-- benchmark.py writes from here -->", "<!-- to here -->"
+BEGIN, END = "<!-- benchmark -->", "<!-- end of benchmark -->"
 
 
-# Workers: each runs in a process of its own and prints one JSON value, or, if it serves, one for each line it reads
+# Workers: each runs in its own process and prints one JSON value or, if it serves, one for each line that it reads
 
 
 def load(name, **fields):
-    """An algorithm's module and its configuration, with epochs long enough to be timed; threads as the runner's."""
-    from common import devices
+    """An algorithm's module and configuration, with epochs long enough to be timed, and threads as in the runner."""
+    from amortax.common import devices
 
-    module = importlib.import_module(f"algorithms.{name}")
+    module = importlib.import_module(f"amortax.algorithms.{name}")
     num_runs = fields.pop("num_seeds", 1)
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     epochs = {"steps_per_epoch": 2000, "total_steps": 2_001_000}
@@ -59,19 +61,25 @@ def load(name, **fields):
 
 
 def prepare(module, config, num_seeds=1, grid=None):
-    """A call that advances all runs by one epoch, through the programs of the runner."""
-    from common import run, sweep
+    """A call that trains all runs for one epoch with the runner's programs, in rounds; it returns the states."""
+    from amortax.common import programs, sweep
 
-    cells = sweep.cells(config, grid or {})
-    runs = [run.Run(cell.config, seed, Path()) for cell in cells for seed in range(num_seeds)]
-    programs = run.compile_programs(config, module.init, module.epoch, len(runs))
-    slots = run.place(programs, runs)
-    states = run.start(programs, slots)
-    return lambda: run.advance(programs, slots, states)
+    runs = [(cell.config, seed) for cell in sweep.cells(config, grid or {}) for seed in range(num_seeds)]
+    compiled = programs.compile_programs(config, module.init, module.epoch, len(runs))
+    size = compiled.round_size
+    batches = [programs.place(compiled, *zip(*runs[i : i + size], strict=True)) for i in range(0, len(runs), size)]
+    states = [programs.start(compiled, batch) for batch in batches]
+
+    def advance():
+        for batch, states_of_round in zip(batches, states, strict=True):
+            programs.advance(compiled, batch, states_of_round)
+        return compiled, states
+
+    return advance
 
 
 def serve(call, updates):
-    """For each line of standard input, time one call."""
+    """Time one call for each line of standard input."""
     print("{}", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -82,59 +90,67 @@ def serve(call, updates):
 
 
 def worker_epochs(name, fields, num_seeds=1, grid=None):
-    """Serve epochs of all runs."""
+    """Serve epochs of all runs; `grid` maps fields to the values that are swept."""
     num_runs = num_seeds
     for values in (grid or {}).values():
         num_runs *= len(values)
     module, config = load(name, **fields, num_seeds=num_runs)
-    work = config.iterations_per_epoch if name == "svg" else config.steps_per_epoch
-    serve(prepare(module, config, num_seeds, grid), work * num_runs)
+    serve(prepare(module, config, num_seeds, grid), updates_per_epoch(config) * num_runs)
+
+
+def updates_per_epoch(config):
+    """Updates of one run: one per iteration of SVG, one per environment step of the others."""
+    return getattr(config, "iterations_per_epoch", None) or config.steps_per_epoch
 
 
 def compiled(updates, *arguments):
-    """`updates`, compiled as the runner compiles; it gives back when it has finished."""
+    """`updates`, compiled as in the runner, as a call that returns when it has finished."""
     import jax
 
-    from common import devices
+    from amortax.common import devices
 
     program = jax.jit(updates, compiler_options=devices.cpu_compiler_options()).lower(*arguments).compile()
     return lambda: jax.block_until_ready(program(*arguments))
 
 
 def worker_floor(name, fields):
-    """Serve the updates of an epoch on one fixed batch, or on a period of them, and nothing else."""
+    """Serve the updates of an epoch on one fixed batch, and nothing else."""
     import jax
+    import jax.numpy as jnp
     from jax import random
 
     module, config = load(name, **fields)
     state = jax.jit(module.init)(config, random.key(0))
-    action_dim = len(module.make_env(config)[2])
+    batch = module.sample(config, state.buffer, state.step, random.key(1))
+    noise = random.normal(random.key(2), (2, *batch.action.shape))
+    inputs = {"ddpg": (), "td3": (noise[0],), "sac_value": (noise,), "sac": (noise,)}  # besides the batch
+    counted = name in ("ddpg", "td3")  # which updates include the policy or the targets depends on their number
+
+    def update(carry, count):
+        if name == "svg":
+            return update_svg(module, config, carry, batch, rollouts), None
+        return module.update(config, *carry, batch, *inputs[name], *[count] * counted)[:2], None
+
     if name == "svg":
-        shape = config.model_steps, config.batch_size
-        batches = module.buffer_sample(state.buffer, random.key(1), shape, action_dim)
-        drawn = module.draw(config, state.params.model, state.buffer, random.key(2))
-
-        def update(carry, _):
-            fit = lambda carry, batch: (module.update_model(config, *carry, batch)[:2], None)
-            return module.update_actor(config, *jax.lax.scan(fit, carry, batches)[0], *drawn)[:2], None
-
-        length = updates = config.iterations_per_epoch
-    else:
-        period = getattr(config, "policy_delay", getattr(config, "target_period", None))
-        shape = (config.batch_size,) if period is None else (period, config.batch_size)
-        arguments = (module.buffer_sample(state.buffer, random.key(1), shape, action_dim),)
-        if not hasattr(config, "target_period"):
-            noise_shape = (*shape, action_dim) if period else (2, *shape, action_dim)
-            arguments += (random.normal(random.key(2), noise_shape),)
-        update = lambda carry, _: (module.learn(config, *carry, *arguments)[:2], None)
-        updates = config.steps_per_epoch
-        length = updates // (period or 1)
-    every = lambda carry: jax.lax.scan(update, carry, length=length)[0]
+        rollouts = module.sample_rollouts(config, state.params.model, state.buffer, state.step, random.key(2))
+    updates = updates_per_epoch(config)
+    every = lambda carry: jax.lax.scan(update, carry, 1 + jnp.arange(updates))[0]
     serve(compiled(every, (state.params, state.opt_state)), updates)
 
 
+def update_svg(module, config, carry, batch, rollouts):
+    """SVG's updates of its model on one batch and of its policy on the same rollouts: `(params, opt_state)`."""
+    import jax
+
+    params, opt_state = carry
+    fit = lambda carry, _: (module.update_model(config, *carry, batch)[:2], None)
+    (model, model_opt_state), _ = jax.lax.scan(fit, (params.model, opt_state.model), length=config.model_steps)
+    params, opt_state = params._replace(model=model), opt_state._replace(model=model_opt_state)
+    return module.update(config, params, opt_state, *rollouts)[:2]
+
+
 def worker_skeleton(hidden, updates):
-    """Serve the matrix products of TD3's updates in the same scans, and nothing else."""
+    """Serve the matrix products of TD3's updates, and nothing else."""
     import jax
     import jax.numpy as jnp
 
@@ -186,28 +202,27 @@ def worker_memory(buffer_size, num_seeds):
     """[peak resident bytes of TD3 with a checkpoint, bytes of its buffers]."""
     import jax
 
-    from common import checkpoint, run
+    from amortax.common import checkpoint, programs
 
     module, config = load("td3", buffer_size=buffer_size, num_seeds=num_seeds)
-    programs = run.compile_programs(config, module.init, module.epoch, num_seeds)
-    slots = run.place(programs, [run.Run(config, seed, Path()) for seed in range(num_seeds)])
-    states, _ = run.advance(programs, slots, run.start(programs, slots))
+    advance = prepare(module, config, num_seeds)
     with tempfile.TemporaryDirectory() as folder:
-        saved, position = checkpoint.open_folder(Path(folder)), checkpoint.Position(0, num_seeds, 1)
-        checkpoint.save(saved, 1, position, programs, slots, states)
-        states, _ = run.advance(programs, slots, states)
-    buffers = sum(x.nbytes for state in states for x in jax.tree.leaves(state.buffer))
+        compiled, (states, *_) = advance()
+        position = checkpoint.Position(0, num_seeds, 1)
+        checkpoint.save(Path(folder), position, programs.to_arrays(compiled, states))
+        compiled, rounds = advance()
+    buffers = sum(x.nbytes for states in rounds for state in states for x in jax.tree.leaves(state.buffer))
     print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, buffers]))
 
 
 def worker_compile(name):
-    """Seconds to trace and compile `train`, with nothing in any cache."""
+    """Seconds to trace and compile `train`, with empty caches."""
     import jax
 
     os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
-    from common import devices
+    from amortax.common import devices
 
-    module = importlib.import_module(f"algorithms.{name}")
+    module = importlib.import_module(f"amortax.algorithms.{name}")
     config = module.Config()
     devices.set_up_backend(1, devices.largest_product(config))
     key = jax.random.key(0)
@@ -225,18 +240,18 @@ def command_of(name, *args, prefix=()):
 
 
 def answer(command):
-    """The JSON value that a command prints last."""
+    """The last JSON value that a command prints."""
     done = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def take_turns(turns, *commands):
-    """`[(updates/s, peak bytes)]` of serving commands that take turns: medians of all turns but the first."""
+    """`[(updates/s, peak bytes)]` of serving commands, interleaved: medians of all turns except the first."""
     processes = []
     for command in commands:
         words = [str(word) for word in command]
         processes.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        heard(processes[-1])  # ready, before the next one starts
+        read_json(processes[-1])  # ready, before the next one starts
     turns = [[ask(process) for process in processes] for _ in range(turns + 1)][1:]
     for process in processes:
         process.stdin.close()
@@ -251,10 +266,10 @@ def ask(process):
     """One turn of a serving process."""
     process.stdin.write("\n")
     process.stdin.flush()
-    return heard(process)
+    return read_json(process)
 
 
-def heard(process):
+def read_json(process):
     """The next line of JSON that a process prints."""
     for line in process.stdout:
         if line.startswith("{"):
@@ -263,14 +278,14 @@ def heard(process):
 
 
 def install(folder):
-    """`{peer: Python}` of environments in `folder`, made where they are absent."""
+    """`{peer: Python}` of virtual environments in `folder`, created if they do not exist."""
     pythons = {}
     for peer, packages in PEERS.items():
-        home = Path(folder).resolve() / peer
-        if not home.exists():
-            subprocess.run([sys.executable, "-m", "venv", home], check=True)
-            subprocess.run([home / "bin" / "pip", "install", "--quiet", *packages], check=True)
-        pythons[peer] = home / "bin" / "python"
+        environment = Path(folder).resolve() / peer
+        if not environment.exists():
+            subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+            subprocess.run([environment / "bin" / "pip", "install", "--quiet", *packages], check=True)
+        pythons[peer] = environment / "bin" / "python"
     return pythons
 
 
@@ -281,8 +296,8 @@ def updates_row(name, what, value, text, ratio):
 
 
 def measure_peers(turns, pythons):
-    """Updates a second, and peak memory, on the same work as each peer."""
-    cases = [  # algorithm, hidden, buffer, seeds, peers and the steps of a turn of each
+    """Updates per second and peak memory on the same work as each peer."""
+    cases = [  # algorithm, hidden, buffer, seeds, steps per turn of each peer
         ("td3", 64, 50_000, 1, {"rejax": 4000, "sbx": 2000, "sb3": 500}),
         ("sac", 64, 50_000, 1, {"rejax": 4000, "sbx": 2000, "sb3": 500}),
         ("td3", 256, 50_000, 1, {"rejax": 1500, "sbx": 600, "sb3": 200}),
@@ -296,7 +311,7 @@ def measure_peers(turns, pythons):
         fields |= {"steps_per_epoch": 1000} if hidden == 256 or seeds > 1 else {}
         commands = [command_of("epochs", name, fields | {"num_envs": n}, seeds) for n in (8, 1)]
         for peer, number in steps.items():
-            script = [pythons[peer], ROOT / "results" / "peers.py", peer, name.upper()]
+            script = [pythons[peer], FOLDER / "peers.py", peer, name.upper()]
             commands.append([*script, hidden, buffer, seeds, number])
         (ours, peak), (one_env, _), *theirs = take_turns(turns, *commands)
         many = f"{seeds} seeds, " if seeds > 1 else ""
@@ -310,24 +325,22 @@ def measure_peers(turns, pythons):
 def measure_goal(turns, pythons):
     """Seconds from the start of a process, with empty caches, to a greedy return of GOAL: medians of three seeds."""
     for name in ("td3", "sac"):
-        spent = {peer: [] for peer in ("ours", *pythons)}
+        times = {peer: [] for peer in ("ours", *pythons)}
         for seed in range(3):
-            spent["ours"].append(seconds_to_goal(name, seed))
+            times["ours"].append(seconds_to_goal(name, seed))
             for peer in pythons:
-                script = [pythons[peer], ROOT / "results" / "peers.py", peer, name.upper()]
+                script = [pythons[peer], FOLDER / "peers.py", peer, name.upper()]
                 reached = answer([*script, 64, 50_000, seed, 20_000, "--until", GOAL])
-                spent[peer].append(reached["seconds"] if reached else float("inf"))
-        ours = statistics.median(spent["ours"])
-        said = {peer: statistics.median(seconds) for peer, seconds in spent.items() if peer != "ours"}
-        texts = [
-            f"{NAMES[p]} {s:.0f} s" if s < float("inf") else f"{NAMES[p]} not in 20,000 steps" for p, s in said.items()
-        ]
+                times[peer].append(reached["seconds"] if reached else float("inf"))
+        ours = statistics.median(times.pop("ours"))
+        medians = {NAMES[peer]: statistics.median(seconds) for peer, seconds in times.items()}
+        texts = [f"{p} {s:.0f} s" if s < float("inf") else f"{p} not in 20,000 steps" for p, s in medians.items()]
         row = {"algorithm": name, "what": f"process start to a return of {GOAL}", "measured": f"{ours:.1f} s"}
-        yield row | {"beside": ", ".join(texts), "value": ours, "ratio": min(said.values(), default=None)}
+        yield row | {"beside": ", ".join(texts), "value": ours, "ratio": min(medians.values(), default=None)}
 
 
 def seconds_to_goal(name, seed):
-    """Of the command line, from its start, with nothing in its cache."""
+    """Seconds of the command line until the goal, with an empty cache."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "algorithms" / f"{name}.py", "--seed", str(seed), "--total-steps", "20000"]
         start = time.perf_counter()
@@ -345,12 +358,12 @@ def seconds_to_goal(name, seed):
 
 
 def cache_in(folder):
-    """The environment that keeps compiled programs in `folder`."""
+    """Environment variables for a compilation cache in `folder`."""
     return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 
 def measure_floor(turns, pythons):
-    """Whole epochs beside their updates alone on one fixed batch."""
+    """Whole epochs compared with only their updates, on one fixed batch."""
     for name in ALGORITHMS:
         for hidden in (64, 256):
             fields = {"hidden_sizes": [hidden, hidden]}
@@ -363,7 +376,7 @@ def measure_floor(turns, pythons):
 
 
 def measure_skeleton(turns, pythons):
-    """TD3 beside the matrix products of its updates alone."""
+    """TD3 compared with only the matrix products of its updates."""
     for hidden in (64, 256):
         fields = {"hidden_sizes": [hidden, hidden], "steps_per_epoch": 2000 if hidden == 64 else 1000}
         products = command_of("skeleton", hidden, fields["steps_per_epoch"])
@@ -373,7 +386,7 @@ def measure_skeleton(turns, pythons):
 
 
 def measure_buffer(turns, pythons):
-    """A buffer of a million transitions beside one of ten thousand."""
+    """A buffer of a million transitions compared with one of ten thousand."""
     for name in ALGORITHMS:
         for seeds in (1, 8) if name == "td3" else (1,):
             sizes = 10_000, 1_000_000
@@ -385,7 +398,7 @@ def measure_buffer(turns, pythons):
 
 
 def measure_seeds(turns, pythons):
-    """Many runs beside few."""
+    """Many runs compared with few."""
     fields = {"steps_per_epoch": 1000}
     grid = {"learning_rate": [3e-4, 1e-3, 3e-3], "gamma": [0.95, 0.98, 0.99]}
     one, eight, many, plain, swept = take_turns(
@@ -404,7 +417,7 @@ def measure_seeds(turns, pythons):
 
 
 def measure_hosts(turns, pythons):
-    """Two processes of one device beside one process of two, by the rate that the command line shows at its end."""
+    """Two processes of one device compared with one process of two, by the last rate that the command line prints."""
     rates = {1: [], 2: []}
     for turn in range(turns + 1):
         for processes in rates:
@@ -416,17 +429,17 @@ def measure_hosts(turns, pythons):
 
 
 def command_rate(num_processes, folder, port):
-    """Steps a second of 8 seeds of TD3 by the command line, compiling left out."""
+    """Steps per second of 8 seeds of TD3 by the command line, without compilation."""
     command = [sys.executable, ROOT / "algorithms" / "td3.py", "--num-seeds", 8, "--total-steps", 21_000]
     command += ["--steps-per-epoch", 5000, "--no-plot", "--out", folder]
-    many = ["--distributed", "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", num_processes]
+    distributed = ["--distributed", "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", num_processes]
     processes = []
     for i in range(num_processes):
-        words = [str(word) for word in ([*command, *many, "--process-id", i] if num_processes > 1 else command)]
+        words = [str(word) for word in ([*command, *distributed, "--process-id", i] if num_processes > 1 else command)]
         env = os.environ | {"JAX_NUM_CPU_DEVICES": str(2 // num_processes)}
         processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env))
-    said = [process.communicate()[0] for process in processes]
-    return float(re.findall(r"([\d,]+) steps/s", said[0])[-1].replace(",", ""))
+    outputs = [process.communicate()[0] for process in processes]
+    return float(re.findall(r"([\d,]+) steps/s", outputs[0])[-1].replace(",", ""))
 
 
 def measure_memory(turns, pythons):
@@ -446,7 +459,7 @@ def measure_compile(turns, pythons):
 
 
 def measure_command(turns, pythons):
-    """Wall seconds of the README's command, everything included."""
+    """Seconds of the README's command, everything included."""
     with tempfile.TemporaryDirectory() as folder:
         first = [command_seconds(f"{folder}/cache{i}", folder) for i in range(turns)]
         later = [command_seconds(f"{folder}/cache0", folder) for _ in range(turns)]
@@ -460,7 +473,7 @@ def measure_command(turns, pythons):
 
 
 def command_seconds(cache, folder):
-    """Wall seconds of one call."""
+    """Seconds of one call."""
     start = time.perf_counter()
     command = [sys.executable, ROOT / "algorithms" / "td3.py", "--seed", "0"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder, env=os.environ | cache_in(cache))
@@ -474,7 +487,7 @@ GROUPS = {name.removeprefix("measure_"): f for name, f in list(globals().items()
 
 
 def machine():
-    """What the figures were measured on."""
+    """CPU and versions, as text."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -486,14 +499,14 @@ def machine():
 def table(measured):
     """The table in Markdown."""
     lines = [
-        "Pendulum-v1, the default configurations but for what is named; one update for each environment step.",
-        "svg learns its model: an update of the policy, from 64 rollouts, and 8 of the model for 20 environment steps.",
-        f"Medians of {measured['turns']} turns; memory is the peak of a process, ours before theirs.",
-        f"{', '.join(measured['peers']) or 'Peers not measured'}. {ABSENT}",
-        "`python results/benchmark.py --peers FOLDER`",
-        f"on {measured['machine']}.",
+        "Pendulum-v1, default configurations except where stated, one update per environment step. svg learns its",
+        "model: per 20 environment steps one update of the policy, from 64 rollouts, and 8 updates of the model.",
+        f"Medians of {measured['turns']} turns; memory is the peak of a process, first Amortax, then the peer. Peers:",
+        f"{', '.join(measured['peers']) or 'not measured'}. {ABSENT}",
         "",
-        "| algorithm | what | measured | beside |",
+        f"`python results/benchmark/benchmark.py --peers FOLDER`, on {measured['machine']}.",
+        "",
+        "| algorithm | case | measured | compared with |",
         "|---|---|---|---|",
     ]
     rows = [row for group in GROUPS for row in measured["groups"].get(group, ())]
@@ -503,8 +516,8 @@ def table(measured):
 def main():
     """Parse the command line; measure; write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", help="folder of the peers' environments")
-    parser.add_argument("--turns", type=int, default=5, help="turns of which a figure is the median, 5 by default")
+    parser.add_argument("--peers", help="folder of the peers' virtual environments")
+    parser.add_argument("--turns", type=int, default=5, help="number of turns to take medians of, 5 by default")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to measure")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -513,7 +526,7 @@ def main():
         globals()[f"worker_{name}"](*json.loads(args))
         return
     pythons = install(arguments.peers) if arguments.peers else {}
-    path = ROOT / "results" / "benchmark.json"
+    path = FOLDER / "benchmark.json"
     measured = json.loads(path.read_text()) if path.exists() else {"groups": {}, "peers": []}
     measured |= {"machine": machine(), "turns": arguments.turns}
     if pythons:
@@ -524,7 +537,12 @@ def main():
             measured["groups"][group].append(row)
             print(f"| {row['algorithm']} | {row['what']} | {row['measured']} | {row['beside']} |", flush=True)
             path.write_text(json.dumps(measured, indent=1) + "\n")
-    readme = ROOT / "results" / "README.md"
+    write_table(measured)
+
+
+def write_table(measured):
+    """Write the table into `results/README.md`."""
+    readme = RESULTS / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     readme.write_text("\n".join([before + BEGIN, *table(measured), END + rest.split(END)[1]]))
 

@@ -1,17 +1,17 @@
-"""Peers on the work of `results/benchmark.py`, each run by the Python of an environment of its own.
+"""Train with other libraries for `benchmark.py`, each with the Python of its own virtual environment.
 
-    python results/peers.py {rejax,sbx,sb3} {TD3,SAC} HIDDEN BUFFER SEEDS STEPS
-    python results/peers.py {rejax,sbx,sb3} {TD3,SAC} HIDDEN BUFFER SEEDS STEPS --until RETURN
+    python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC} HIDDEN BUFFER SEEDS STEPS
+    python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC} HIDDEN BUFFER SEEDS STEPS --until RETURN
 
-The first form makes ready, prints a line of JSON, and for each line that it reads trains for STEPS and prints how many
-updates that were in how many seconds. The second, in which SEEDS is the seed, prints the environment steps and the
-seconds from its start until a greedy evaluation, one for each thousand steps, reaches RETURN. Pendulum-v1, batch 256,
-one environment, one update for each environment step, learning rate 0.001, gamma 0.99.
+The first form prepares, prints a line of JSON, and then for each line that it reads trains for STEPS and prints the
+number of updates and the seconds. The second, where SEEDS is the seed, prints the environment steps and the seconds
+from its start until a greedy evaluation, one every thousand steps, reaches RETURN. Pendulum-v1, batch 256, one
+environment, one update per environment step, learning rate 0.001, gamma 0.99.
 """
 
 import time
 
-BEGUN = time.perf_counter()
+START = time.perf_counter()
 
 import importlib  # noqa: E402, the clock starts first
 import importlib.metadata  # noqa: E402
@@ -19,9 +19,9 @@ import json  # noqa: E402
 import resource  # noqa: E402
 import sys  # noqa: E402
 
-WARMUP = 1000  # steps that only act
+WARMUP = 1000  # steps without updates
 EVERY = 1000  # steps between evaluations
-EPISODES = 16  # of an evaluation
+EPISODES = 16  # per evaluation
 
 
 def rejax_train(name, hidden, buffer, seeds, steps, eval_freq):
@@ -52,7 +52,7 @@ def rejax_train(name, hidden, buffer, seeds, steps, eval_freq):
 
 
 def rejax_turns(name, hidden, buffer, seeds, steps):
-    """A turn trains from scratch; the steps that fill the buffer count in its time, not in its updates."""
+    """A turn trains from scratch; the steps that fill the buffer count towards its time, not its updates."""
     import jax
 
     train, keys = rejax_train(name, hidden, buffer, seeds, steps + WARMUP, steps + WARMUP)
@@ -60,17 +60,17 @@ def rejax_turns(name, hidden, buffer, seeds, steps):
 
 
 def rejax_until(name, hidden, buffer, seed, steps, goal):
-    """Its training cannot be stopped: the time until its end, less the share of the steps after the goal."""
+    """Its training cannot be stopped: the time until its end, without the share of the steps after the goal."""
     import jax
 
     train, _ = rejax_train(name, hidden, buffer, 1, steps, EVERY)
-    ready = time.perf_counter()
+    compiled = time.perf_counter()
     _, (_, returns) = jax.block_until_ready(train(jax.random.split(jax.random.PRNGKey(seed), 1)))
-    spent = time.perf_counter() - ready
+    seconds = time.perf_counter() - compiled
     reached = [i + 1 for i, r in enumerate(returns.mean(axis=-1).ravel().tolist()) if r >= goal]
     if not reached:
         return None
-    return {"steps": reached[0] * EVERY, "seconds": ready - BEGUN + spent * reached[0] * EVERY / steps}
+    return {"steps": reached[0] * EVERY, "seconds": compiled - START + seconds * reached[0] * EVERY / steps}
 
 
 def torch_model(library, name, hidden, buffer, seed=0):
@@ -99,7 +99,7 @@ def torch_model(library, name, hidden, buffer, seed=0):
 
 
 def torch_turns(library, name, hidden, buffer, seeds, steps):
-    """A turn goes on where the one before ended."""
+    """A turn continues where the previous one ended."""
     model = torch_model(library, name, hidden, buffer)
     model.learn(WARMUP + 100)
     return lambda: model.learn(steps, reset_num_timesteps=False)
@@ -115,12 +115,12 @@ def torch_until(library, name, hidden, buffer, seed, steps, goal):
         model.learn(EVERY, reset_num_timesteps=False)
         mean, _ = evaluate_policy(model, gymnasium.make("Pendulum-v1"), EPISODES, warn=False)
         if mean >= goal:
-            return {"steps": done, "seconds": time.perf_counter() - BEGUN}
+            return {"steps": done, "seconds": time.perf_counter() - START}
     return None
 
 
 def main():
-    """Answer the command line."""
+    """Command line."""
     library, name = sys.argv[1:3]
     hidden, buffer, seeds, steps = map(int, sys.argv[3:7])
     if sys.argv[7:]:
@@ -134,7 +134,7 @@ def main():
         return
     make = rejax_turns if library == "rejax" else lambda *sizes: torch_turns(library, *sizes)
     turn = make(name, hidden, buffer, seeds, steps)
-    print(json.dumps({"ready": time.perf_counter() - BEGUN}), flush=True)
+    print(json.dumps({"ready": time.perf_counter() - START}), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         turn()

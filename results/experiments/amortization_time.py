@@ -1,8 +1,8 @@
-"""How much time amortizing the maximisation saves: from a solver at every base point to none.
+"""How much time amortizing the maximization saves: from a solver at every base point to none.
 
-Timed are an iteration on 50,000 base points of Pendulum-v1, and its targets alone, with the defaults of each file but
-for what is named, on one core; the levels take turns. Close other programs. What their returns come to is the
-experiment `amortization`.
+Timed are an iteration on 50,000 base points of Pendulum-v1, and its targets alone, with each file's defaults except for
+the named fields, on one core; the measurements are interleaved. Close other programs. The experiment `amortization`
+compares returns.
 """
 
 import functools
@@ -10,10 +10,10 @@ import importlib
 import statistics
 
 import jax
-import study
-from study import Experiment
 
-from common import devices, plot
+from amortax.common import devices
+from experiments import drawing, study, training
+from experiments.study import Experiment
 
 ENV = "Pendulum-v1"
 LEVELS = {  # level: algorithm and its fields
@@ -28,27 +28,27 @@ SMALL = {"num_base_points": 100, "hidden_sizes": (4,), "fit_steps": 1, "batch_si
 
 
 def programs(algorithm, fields):
-    """Of an iteration and of its targets: compiled calls."""
-    module = importlib.import_module(f"algorithms.{algorithm}")
+    """Compiled calls of an iteration and of its targets."""
+    module = importlib.import_module(f"amortax.algorithms.{algorithm}")
     config = module.Config(env=ENV, **fields)
     state = jax.jit(module.init)(config, jax.random.key(0))
     inputs = state.params, state.base_points, *([] if algorithm == "nfqca" else [state.key])
     compile_for = functools.partial(jax.jit, compiler_options=devices.cpu_compiler_options())
     whole = compile_for(functools.partial(module.iteration, config)).lower(state).compile()
-    targets = compile_for(functools.partial(module.bellman_targets, config)).lower(*inputs).compile()
+    targets = compile_for(functools.partial(module.td_target, config)).lower(*inputs).compile()
     return lambda: whole(state), lambda: targets(*inputs)
 
 
 def measure(cell):
-    """A row for each repeat of each level; `cell` has the levels, fields of all of them, and the number of repeats."""
+    """A row for each repeat of each level; `cell` has the levels, fields that they share, and the number of repeats."""
     levels, fields, repeats = cell
     rows = []
-    with study.one_thread():
+    with training.one_thread():
         calls = {level: programs(algorithm, dict(fields) | own) for level, (algorithm, own) in levels.items()}
         for repeat in range(1 + repeats):  # the first warms up
             for level, pair in calls.items():
-                spent = [study.short(study.seconds(call)) for call in pair]
-                rows.append({"level": level, "repeat": repeat} | dict(zip(PARTS, spent, strict=True)))
+                times = [study.short(training.seconds(call)) for call in pair]
+                rows.append({"level": level, "repeat": repeat} | dict(zip(PARTS, times, strict=True)))
     return [row for row in rows if row["repeat"]]
 
 
@@ -58,11 +58,11 @@ def column(rows, level, part):
 
 
 def draw(rows):
-    """Each repeat, and the medians, of an iteration and of its targets."""
+    """Repeats and medians of the times of an iteration and of its targets."""
     levels = list(dict.fromkeys(row["level"] for row in rows))
-    page, ((axes,),) = study.figure(9, 4)
+    page, ((axes,),) = drawing.figure(9, 4)
     for x, level in enumerate(levels):
-        color = plot.COLOURS[LEVELS[level][0]]
+        color = drawing.algorithm_color(LEVELS[level][0])
         for shift, (part, marker) in zip((-0.15, 0.15), PARTS.items(), strict=True):
             times = [1000 * t for t in column(rows, level, part)]
             axes.plot([x + shift + 0.1] * len(times), times, ".", color="0.65", markersize=4)
@@ -76,36 +76,48 @@ def draw(rows):
     return page
 
 
-def report(rows):
-    """Medians, and how many times faster than fqi."""
+def medians(rows):
+    """`{level: {part: median seconds}}`."""
     levels = dict.fromkeys(row["level"] for row in rows)
-    times = {level: [statistics.median(column(rows, level, part)) for part in PARTS] for level in levels}
-    gains = {level: [a / b for a, b in zip(times["fqi"], times[level], strict=True)] for level in levels}
-    gain = {level: f"{level} {targets:.1f} and {whole:.1f}" for level, (whole, targets) in gains.items()}
-    text = (
-        "How many times as fast as those of fqi, which solves at every base point, are the targets, and a whole "
-        f"iteration: {', '.join(gain[level] for level in ('fqi', 'exact 0.1', 'nfqca') if level in gain)}; the fits of "
-        "critic and policy remain. Levels are named after the fraction of exact maximisers, or after the window of "
-        "past iterations, 4 by default, at a fraction of 0.1; nfqca solves at no point."
+    return {level: {part: statistics.median(column(rows, level, part)) for part in PARTS} for level in levels}
+
+
+def notes(rows):
+    """Speedups over fqi."""
+    times = medians(rows)
+    gain = lambda level, part: times["fqi"][part] / times[level][part]
+    shown = [level for level in ("exact 0.1", "nfqca") if level in times]
+    gains = [f"{level} {gain(level, 'targets'):.1f} and {gain(level, 'iteration'):.1f}" for level in shown]
+    text = "fqi solves for the maximizing action at every base point. "
+    if shown:
+        text += f"Speedups over fqi, of the targets and of a whole iteration: {', '.join(gains)}; "
+        text += "the fits of critic and policy are not affected. "
+    return text + (
+        "`exact x` is fqi_amortized with a fraction x of exact maximizers, `window n` with a fraction of 0.1 and a "
+        "window of n past iterations, where the default is 4; nfqca has no solver."
     )
-    cells = lambda level: [
-        f"{1000 * t:,.1f} ms ({gain:.2f} x)" for t, gain in zip(times[level], gains[level], strict=True)
-    ]
-    lines = [[level, LEVELS[level][0], *cells(level)] for level in times]
-    return "\n".join(
-        [text, "", study.table(["level", "algorithm", *(f"{p} (x as fast as fqi)" for p in PARTS)], lines)]
-    )
+
+
+def table(rows):
+    """Times, and speedups over fqi."""
+    times, lines = medians(rows), []
+    for level in times:
+        cells = [f"{1000 * times[level][p]:,.1f} ms ({times['fqi'][p] / times[level][p]:.2f} x)" for p in PARTS]
+        lines.append([level, LEVELS[level][0], *cells])
+    return study.table(["level", "algorithm", *(f"{part} (speedup over fqi)" for part in PARTS)], lines)
 
 
 EXPERIMENTS = {
     "amortization_time": Experiment(
-        title="A policy in the solver's stead saves time",
+        title="Replacing the solver by a policy saves time",
+        question="How much time does an iteration of fitted Q-iteration take with fewer exact maximizers?",
         cells={"50,000 base points": (LEVELS, {"num_base_points": 50_000}, 5)},
         measure=measure,
-        report=report,
+        notes=notes,
+        table=table,
         draw=draw,
         quick=lambda _: {"100 base points": ({"fqi": LEVELS["fqi"]}, SMALL, 2)},
-        sources=("amortization_time", "study"),
-        sample="5 repeats on one core, the levels taking turns",
+        sources=tuple(f"algorithms/{name}.py" for name in training.FITTED),
+        sample="5 interleaved repeats on one core",
     )
 }

@@ -8,14 +8,14 @@ import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiments import drawing, study, training
-from experiments.curves import LQR_GAMMA as GAMMA
-from experiments.study import Criterion, Experiment, short
-from experiments.training import Run
 from jax import random
 from jax.scipy.stats import multivariate_normal
 
 from amortax.common import lqr, plot
+from experiments import drawing, study, training
+from experiments.curves import LQR_GAMMA as GAMMA
+from experiments.study import Criterion, Experiment, short
+from experiments.training import Run
 
 ENVS = ("LQR1-v0", "LQR-v0")
 NUM_STATES, NUM_SAMPLES = 512, 64
@@ -109,7 +109,7 @@ EXPERIMENTS = {
         table=table,
         draw=draw,
         quick=lambda cells: training.smaller(cells, next(iter(cells))),
-        sources=("common/lqr.py", "results/experiments/boltzmann.py"),
+        sources=("common/lqr.py",),
         sample="8 seeds each; 512 states, and 64 actions in each",
     )
 }

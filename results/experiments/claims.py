@@ -1,11 +1,10 @@
 """Common claims about the algorithms, tested on their returns: each has a criterion, a verdict and a figure."""
 
+from amortax.common import plot
 from experiments import drawing, study, training, value_bias
 from experiments.curves import LQR_FLAGS, LQR_GAMMA, STEPS, optimum
 from experiments.study import Criterion, Experiment, is_below
 from experiments.training import Run
-
-from amortax.common import plot
 
 PENDULUM, CAR, REACHER, SWIMMER, LQR = (
     "Pendulum-v1",
@@ -291,7 +290,6 @@ EXPERIMENTS = {
         quick=lambda cells: training.smaller(
             cells, "ddpg on Pendulum-v1", "td3 on Pendulum-v1", "td3, one critic on Pendulum-v1"
         ),
-        sources=("results/experiments/value_bias.py",),
         sample=study.returns_sample(),
     ),
     "exploration": Experiment(

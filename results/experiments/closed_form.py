@@ -12,13 +12,13 @@ import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from amortax.common import lqr, policy, record
 from experiments import drawing, study, training
 from experiments.curves import ACTOR_CRITICS, LQR_FLAGS
 from experiments.curves import LQR_GAMMA as GAMMA
 from experiments.study import Criterion, Experiment, column
 from experiments.training import Run
-
-from amortax.common import lqr, policy, record
 
 STEPS = {"LQR1-v0": 48_000, "LQR-v0": 96_000, "LQR4-v0": 96_000}  # of the environment, after the warm-up
 LIMIT = 1.03  # of the cost relative to the optimum
@@ -160,7 +160,7 @@ def experiment(env, dims):
         table=table,
         draw=draw,
         quick=lambda cells: training.smaller(cells, QUICK[env]),
-        sources=("common/lqr.py", "results/experiments/closed_form.py"),
+        sources=("common/lqr.py",),
         sample="4 seeds each; each cost is the mean of 2,048 episodes",
     )
 

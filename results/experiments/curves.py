@@ -4,11 +4,11 @@ import functools
 
 import gymnax
 import numpy as np
+
+from amortax.common import lqr, plot
 from experiments import drawing, study, training
 from experiments.study import Experiment
 from experiments.training import FITTED, Run
-
-from amortax.common import lqr, plot
 
 ACTOR_CRITICS = ("ddpg", "td3", "sac_value", "sac")
 STEPS = {  # flags of the actor-critics

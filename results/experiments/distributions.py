@@ -10,12 +10,12 @@ derivative is a sum over the three values of z.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiments import drawing, study
-from experiments.drawing import BLUE, GREEN, ORANGE
-from experiments.study import Experiment
 from jax import lax, random
 
 from amortax.algorithms import gradient_estimators as ge
+from experiments import drawing, study
+from experiments.drawing import BLUE, GREEN, ORANGE
+from experiments.study import Experiment
 
 LOGITS = np.array([0.5, 0.0, -1.0], np.float32)
 VALUES = np.array([1.0, 0.0, 2.0], np.float32)
@@ -231,7 +231,7 @@ def table_of_trade_off(rows):
     return study.table(["estimator", "squared bias", "its sampling error", "variance of one sample"], lines)
 
 
-SOURCES = ("algorithms/gradient_estimators.py", "results/experiments/distributions.py")
+SOURCES = ("algorithms/gradient_estimators.py",)
 EXPERIMENTS = {
     "distributions": Experiment(
         title="Distributions with differentiable samples",

@@ -1,10 +1,10 @@
 """Parts of the figures."""
 
 import numpy as np
-from experiments import study
 from matplotlib.figure import Figure
 
 from amortax.common import plot
+from experiments import study
 
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"  # distinguishable by the color-blind
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))

@@ -7,11 +7,11 @@ with which 1,000 samples reproduce the published table, as `--chapter-table` doe
 
 import jax
 import numpy as np
-from experiments import drawing, study
-from experiments.study import Criterion, Experiment
 from matplotlib.cbook import boxplot_stats
 
 from amortax.algorithms import gradient_estimators as ge
+from experiments import drawing, study
+from experiments.study import Criterion, Experiment
 
 STYLES = {
     "naive": (drawing.BLUE, "o"),
@@ -131,7 +131,7 @@ def table(rows):
 
 EXPERIMENTS = {
     "estimators": Experiment(
-        title="The score-function and pathwise estimators are unbiased, the pathwise one has less variance",
+        title="The pathwise estimator is unbiased and has less variance than the score function",
         question="Which estimators of an expectation's derivative are unbiased, and how noisy are they?",
         cells=cells(SAMPLES, 1000),
         measure=measure,
@@ -145,7 +145,7 @@ EXPERIMENTS = {
         table=table,
         draw=draw,
         quick=lambda _: cells((10, 100), 200),
-        sources=("algorithms/gradient_estimators.py", "results/experiments/estimators.py"),
+        sources=("algorithms/gradient_estimators.py",),
         sample="1,000 estimates each",
     )
 }

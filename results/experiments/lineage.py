@@ -1,28 +1,29 @@
-"""The picture that opens the README: the files, what each adds to the one before, and how it learns Pendulum-v1."""
+"""The first figure of the README: the algorithm files, what each adds to its predecessor, and how it learns."""
 
 import jax
 import numpy as np
-import study
-from curves import DISCRETE, optimum, runs
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
-from study import FITTED, Experiment, Run, short
 
-from algorithms import gradient_estimators
-from common import plot
+from amortax.algorithms import gradient_estimators
+from amortax.common import plot
+from experiments import drawing, study, training
+from experiments.curves import DISCRETE, optimum, runs
+from experiments.study import Experiment, short
+from experiments.training import FITTED, Run
 
 ENV = "Pendulum-v1"
 PLACES = {  # file: row, column, what it adds
-    "fqi": (0, 0, "a solver finds the\nbest action"),
-    "fqi_amortized": (0, 1, "a policy is fitted to\na part of its answers"),
-    "nfqca": (0, 2, "the policy climbs q;\nno solver"),
-    "ddpg": (0, 3, "data come in while\nit learns; OU noise"),
+    "fqi": (0, 0, "a solver maximizes q\nover actions"),
+    "fqi_amortized": (0, 1, "a policy regresses onto\nsome of the maximizers"),
+    "nfqca": (0, 2, "the policy ascends q;\nno solver"),
+    "ddpg": (0, 3, "online data, replay,\ntarget networks"),
     "td3": (0, 4, "two critics, smoothing,\na delayed actor"),
-    "soft_fqi": (1, 1, "a log-integral\nfor the maximum"),
-    "sac_value": (1, 3, "a stochastic policy,\npaid for its entropy"),
-    "sac": (1, 4, "a temperature that\nholds the entropy"),
-    "gradient_estimators": (2, 1, "how to differentiate\nan expectation"),
-    "reinforce": (2, 0, "score functions\nof a policy"),
+    "soft_fqi": (1, 1, "a log-integral instead\nof the maximum"),
+    "sac_value": (1, 3, "maximum entropy,\npathwise gradients"),
+    "sac": (1, 4, "a learned\ntemperature"),
+    "gradient_estimators": (2, 1, "derivatives of\nexpectations"),
+    "reinforce": (2, 0, "score function\nof a policy"),
     "svg": (2, 2, "gradients through\nthe dynamics"),
 }
 ARROWS = (
@@ -30,29 +31,29 @@ ARROWS = (
     ("fqi", "soft_fqi"), ("soft_fqi", "sac_value"), ("sac_value", "sac"),
     ("gradient_estimators", "reinforce"), ("gradient_estimators", "svg"),
 )  # fmt: skip
-COLOURS = plot.COLOURS | {"gradient_estimators": "#000000"}
+COLORS = plot.COLORS | {"gradient_estimators": "#000000"}
 
 
 def estimates(num_trials):
-    """Running means of the three estimators over samples, a row for each trial; the naive one goes wrong."""
+    """Means of the three estimators over the number of samples, a row for each trial; the naive one is biased."""
     sizes = (10, 100, 1_000, 10_000)
     rows = []
     for size in sizes:
         config = gradient_estimators.Config(batch_size=size, num_trials=num_trials)
         values = jax.jit(gradient_estimators.train)(config, jax.random.key(0))
         for name, trials in values._asdict().items():
-            columns = {"progress": size, "value_bias": "", "finite": 1}
-            rows += [{"seed": f"{name} {i}", "return": short(x)} | columns for i, x in enumerate(trials)]
+            trial = {"progress": size, "finite": 1}
+            rows += [{"seed": f"{name} {i}", "return": short(x)} | trial for i, x in enumerate(trials)]
     return rows
 
 
 def measure(cell):
     """Learning curves of a run, or the estimates of a number of trials."""
-    return study.learning_curves(cell) if isinstance(cell, Run) else estimates(cell)
+    return training.learning_curves(cell) if isinstance(cell, Run) else estimates(cell)
 
 
 def draw(rows):
-    """A small curve for each file, where it stands in the lineage."""
+    """A small learning curve for each file, at its place in the lineage."""
     page = Figure(figsize=(13, 8.4), dpi=120)
     panels = page.subplots(3, 5, gridspec_kw={"wspace": 0.5, "hspace": 0.85})
     page.subplots_adjust(left=0.05, right=0.985, top=0.95, bottom=0.09)
@@ -66,7 +67,7 @@ def draw(rows):
             f"{name}.py",
             fontsize=13 if len(name) < 15 else 12,
             fontweight="bold",
-            color=COLOURS[name],
+            color=COLORS[name],
             family="monospace",
         )
         axes.set_xlabel(idea, fontsize=11)
@@ -75,7 +76,7 @@ def draw(rows):
             draw_estimates(axes, rows)
         elif name in present:
             per = 1 if name in FITTED else 1e3
-            study.draw_curve(axes, rows, name, name, per=per, color=COLOURS[name], linewidth=2)
+            drawing.draw_curve(axes, rows, name, name, per=per, color=COLORS[name], linewidth=2)
             on_pendulum = name != "reinforce"
             axes.axhline(optimum(ENV) if on_pendulum else 500, color="black", linestyle="--", linewidth=1)
             axes.set_ylim((-1700, 0) if on_pendulum else (0, 540))
@@ -88,16 +89,16 @@ def draw(rows):
             ConnectionPatch(*places, *["axes fraction"] * 2, axesA=axes_of[start], axesB=axes_of[end], **arrow)
         )
     legend = (
-        "Greedy return on Pendulum-v1, reinforce's on\nCartPole-v1, 16 seeds: interquartile mean and\n"
-        "95 % interval; dashed, the best possible.\n\n"
-        "gradient_estimators: three estimates of a\nderivative over samples; dashed, the true one."
+        "Greedy return on Pendulum-v1 (reinforce:\nCartPole-v1), 16 seeds: interquartile mean\n"
+        "and 95 % interval; dashed: the optimum.\n\n"
+        "gradient_estimators: three estimates of a\nderivative over samples; dashed: the true one."
     )
     panels[2, 3].text(-0.1, 0.5, legend, fontsize=12, va="center")
     return page
 
 
 def draw_estimates(axes, rows):
-    """Mean of each estimator over the samples that it takes, one of them not at the truth."""
+    """Mean of each estimator over the number of samples."""
     chosen = [row for row in rows if row["label"] == "gradient_estimators"]
     sizes = sorted({row["progress"] for row in chosen})
     for name, style in zip(gradient_estimators.Estimates._fields, (":", "--", "-"), strict=True):
@@ -111,7 +112,7 @@ def draw_estimates(axes, rows):
 
 
 def ends(start, end):
-    """Where an arrow leaves one panel and where it meets another: along a row, or down and to the right."""
+    """Start and end of an arrow in the coordinates of their panels: along a row, or down and to the right."""
     (row, column), (end_row, end_column) = PLACES[start][:2], PLACES[end][:2]
     if row == end_row:
         return ((1.03, 0.5), (-0.3, 0.5)) if column < end_column else ((-0.16, 0.5), (1.03, 0.5))
@@ -125,10 +126,10 @@ EXPERIMENTS = {
         | {"svg": runs(ENV)["svg learned"], "reinforce": DISCRETE["reinforce on CartPole-v1"]}
         | {"gradient_estimators": 16},
         measure=measure,
-        report=lambda rows: "What each file adds to the one before it, and how it learns.",
+        question="What does each file add to its predecessor, and how does it learn?",
         draw=draw,
-        quick=lambda cells: study.smaller(cells, "td3") | {"gradient_estimators": 2},
-        sources=("lineage",),
-        sample=f"{study.sample()}; 16 trials of the estimators",
+        quick=lambda cells: training.smaller(cells, "td3") | {"gradient_estimators": 2},
+        sources=("algorithms/gradient_estimators.py",),
+        sample=f"{study.returns_sample()}; 16 trials of the estimators",
     )
 }

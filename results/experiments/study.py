@@ -36,7 +36,7 @@ class Experiment(NamedTuple):
     draw: Callable | None = None  # rows -> Figure, or the bytes of a GIF
     figure_type: str = "png"  # or "gif"
     quick: Callable | None = None  # cells -> the few small ones of `--quick`
-    sources: tuple = ()  # files, relative to ROOT, that determine the numbers of cells other than training runs
+    sources: tuple = ()  # files, relative to ROOT, that determine the numbers besides `measure` and a run's algorithm
     sample: str = ""  # sample sizes behind the numbers
 
 

@@ -1,13 +1,14 @@
 """Training runs of the experiments, the keys of their results, and the measurement of times.
 
-Results are keyed by code without comments and docstrings, so that a change of words recomputes nothing. For the same
-reason the runs train such stripped copies of the algorithm files.
+Results are keyed by the code that computes them, without comments and docstrings, so that a change of words or figures
+recomputes nothing. For the same reason the runs train copies of the algorithm files without comments and docstrings.
 """
 
 import ast
 import contextlib
 import hashlib
 import importlib.metadata
+import inspect
 import os
 import platform
 import re
@@ -22,10 +23,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tyro
-from experiments.study import RESULTS, ROOT, short
 from jax.extend.backend import clear_backends
 
 from amortax.common import devices, policy, programs, record
+from experiments.study import RESULTS, ROOT, short
 
 WORK = RESULTS / "runs" / "reproduce"  # finished cells and runs; git ignores it
 FITTED = ("fqi", "fqi_amortized", "nfqca", "soft_fqi")
@@ -82,6 +83,21 @@ def code(text):
     return ast.unparse(tree) + "\n"
 
 
+def code_of(function):
+    """The code of a function of a module and of what it uses of that module, without comments and docstrings."""
+    defined, found, names = {}, [], [function.__name__]
+    for node in ast.parse(code(Path(inspect.getsourcefile(function)).read_text())).body:
+        targets = [x for target in getattr(node, "targets", []) for x in ast.walk(target) if isinstance(x, ast.Name)]
+        for name in [x.id for x in targets] or [getattr(node, "name", None)]:
+            defined[name] = node
+    for name in names:  # which grows
+        node = defined.get(name)
+        if node and node not in found:
+            found.append(node)
+            names += [x.id for x in ast.walk(node) if isinstance(x, ast.Name)]
+    return "\n".join(ast.unparse(node) for node in found)
+
+
 def digest(text):
     """Eight hexadecimal digits of a text and of the versions that determine what it computes."""
     packages = ("jax", "jaxlib", "optax", "gymnax", "distrax", "numpy")
@@ -90,10 +106,10 @@ def digest(text):
 
 
 def fingerprint(experiment, cell):
-    """The key of a cell's rows: what is measured, the code that determines the numbers, and the versions."""
+    """The key of a cell's rows: the cell, the code that determines the numbers, and the versions."""
     sources = [source(cell)] if isinstance(cell, Run) else []
     sources += [code((ROOT / path).read_text()) for path in experiment.sources]
-    return digest("\n".join([experiment.measure.__qualname__, repr(cell), *sources]))
+    return digest("\n".join([repr(cell), code_of(experiment.measure), *sources]))
 
 
 def source(run):

@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax, random
+
 from experiments import training
 from experiments.study import short
-from jax import lax, random
 
 
 def greedy_value(module, num_critics, config, params, obs):
