@@ -310,7 +310,7 @@ def collect(config, params, policy, num_steps, key):
     key_reset, key_rollout, key_order = random.split(key, 3)
     env_state, obs = jax.vmap(make_env(config.env).reset)(random.split(key_reset, config.num_envs))
     _, _, batch = rollout(config, params, policy, env_state, obs, random.split(key_rollout, num_steps))
-    # no target uses the last observation of a terminated episode, but a fit of the policy may, and it can be NaN
+    # the last observation of a terminated episode may be NaN; targets ignore it, but a policy may be fitted there
     next_obs = jnp.where(batch.terminated[..., None] & ~jnp.isfinite(batch.next_obs), 0, batch.next_obs)
     order = random.permutation(key_order, batch.reward.size)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order].astype(float), batch._replace(next_obs=next_obs))

@@ -10,15 +10,39 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "algorithms"
-REPLAY = "ddpg td3 sac_value sac svg"
-BOX = "ddpg td3 sac_value sac nfqca svg"
+EVERY = "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi reinforce svg"
+OFF_POLICY = "td3 ddpg sac_value sac"
+REPLAY = "td3 ddpg sac_value sac svg"
+BOX = "td3 ddpg sac_value sac nfqca svg"
 DISCRETE = "fqi fqi_amortized soft_fqi reinforce"
 FITTED = "fqi fqi_amortized nfqca soft_fqi"
-EVERYWHERE = "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi reinforce svg"
 
 SHARED = [  # names of top-level definitions, and the files that have them; the first file is the reference
-    ("mlp_init mlp flatten evaluate check train", EVERYWHERE),
-    ("RULES", EVERYWHERE),
+    ("mlp_init mlp act flatten evaluate check train", EVERY),
+    ("Transition", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi svg"),
+    ("optimizer apply_grads", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi"),
+    ("rollout", "td3 sac_value sac fqi fqi_amortized nfqca soft_fqi svg"),
+    ("greedy Env make_env", BOX),
+    ("example store sample", REPLAY),
+    ("critic num_epochs", OFF_POLICY),
+    ("RULES num_iterations", "td3 ddpg sac_value sac reinforce"),
+    ("RULES", "td3 svg"),
+    ("State twin_critics critic_loss collect", "td3 sac_value sac"),
+    ("warm_up", "td3 sac_value sac svg"),
+    ("OptState", "td3 ddpg reinforce"),
+    ("actor", "td3 ddpg fqi_amortized nfqca"),
+    ("explore", "td3 nfqca"),
+    ("actor policy sample_action", "sac_value sac soft_fqi"),
+    ("explore iteration epoch", "sac_value sac"),
+    ("epoch", "sac reinforce"),
+    ("Env make_env", DISCRETE),
+    ("RULES critic critic_init quadratic_features critic_loss fit fit_quadratic fit_critic collect load", FITTED),
+    ("Params", "fqi_amortized nfqca soft_fqi"),
+    ("random_policy project num_epochs epoch", "fqi fqi_amortized soft_fqi"),
+    ("num_epochs", "fqi svg"),
+    ("maximize maximize_gradient maximize_lbfgs maximize_cem maximize_grid", "fqi fqi_amortized"),
+    ("maximize_exhaustive best MAXIMIZERS CHUNK MAX_GRID check_choices", "fqi fqi_amortized"),
+    ("apply_grads", "reinforce svg"),
 ]
 
 
