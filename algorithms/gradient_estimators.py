@@ -16,7 +16,7 @@ Sources: Mohamed et al., "Monte Carlo Gradient Estimation in Machine Learning" (
 section 2.4; Kumaraswamy (Journal of Hydrology 46, 1980); Jang et al. and Maddison et al. (both ICLR 2017).
 
 Limits: the reparameterized estimator is biased where f is discontinuous in x, as `step` is. Gumbel-max samples have no
-derivative; Gumbel-softmax is a relaxation, less biased and noisier at a lower temperature.
+derivative; Gumbel-softmax is a relaxation, with less bias and more variance at a lower temperature.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ python tests/shared_blocks.py --fix    copies each block from its reference file
 """
 
 import ast
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -46,20 +47,22 @@ SHARED = [  # names of top-level definitions, and the files that have them; the 
 ]
 
 
-def find(text, name):
-    """`(first, last)` lines, from 0, of the top-level class, function or assignment `name` with its decorators."""
+@functools.cache
+def definitions(text):
+    """`{name: (first, last)}`: the lines, from 0, of each top-level class, function or assignment, with decorators."""
+    lines = {}
     for node in ast.parse(text).body:
-        targets = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
-        if name in (getattr(node, "name", None), *targets):
+        names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+        for name in names or filter(None, [getattr(node, "name", None)]):
             first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-            return first - 1, node.end_lineno
-    raise LookupError(name)
+            lines[name] = first - 1, node.end_lineno
+    return lines
 
 
 def block(file, name):
-    """The lines of a definition; LookupError where the file has none of that name."""
+    """The lines of a definition; KeyError where the file has none of that name."""
     text = (FOLDER / f"{file}.py").read_text()
-    first, last = find(text, name)
+    first, last = definitions(text)[name]
     return text.splitlines()[first:last]
 
 
@@ -81,7 +84,7 @@ def fix():
         for name, other in itertools.product(names.split(), others):
             path = FOLDER / f"{other}.py"
             text = path.read_text()
-            first, last = find(text, name)
+            first, last = definitions(text)[name]
             lines = text.splitlines()
             lines[first:last] = block(reference, name)
             path.write_text("\n".join(lines) + "\n")

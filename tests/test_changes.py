@@ -1,4 +1,4 @@
-"""The change that `results/changes/README.md` walks: it applies, says what its page says, and is right.
+"""The change that `results/changes/README.md` explains: it applies, says what its page says, and is right.
 
 Where `algorithms/td3.py` has changed so that the diff no longer applies, apply what does by hand to a copy, and write
 the diff anew with `diff -U1`, headed as it is now; the page shows its hunks word for word.
@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from cases import SMALL, assert_same, exact_jit, load_broken, quick_jit
 from jax import random
+from jax.flatten_util import ravel_pytree
 from test_cli import fails
 from test_structure import SIZES, assert_touches_batches_only, jit, seed_key
 
-from algorithms import td3
-from common import cli
+from amortax.algorithms import td3
+from amortax.common import cli
 
 ROOT = Path(td3.__file__).parent.parent
 PAGE = ROOT / "results" / "changes" / "README.md"
@@ -82,10 +83,9 @@ def test_the_commands_run_in_a_folder_of_their_own(tmp_path):
     assert (tmp_path / "results/runs/my_idea/Pendulum-v1/default/seed_0/policy.npz").exists()
 
 
-def test_a_window_that_cannot_be_gets_one_line(my_idea, monkeypatch, capsys, tmp_path):
-    said = fails(monkeypatch, capsys, tmp_path, "--n-step", "126", module=my_idea).strip()
-    assert f"`{said}`" in TEXT
-    assert "--n-step 0: must be a whole" in fails(monkeypatch, capsys, tmp_path, "--n-step", "0", module=my_idea)
+def test_zero_steps_get_one_line(my_idea, monkeypatch, capsys, tmp_path):
+    said = fails(monkeypatch, capsys, tmp_path, "--n-step", "0", module=my_idea)
+    assert said == "error: --n-step 0: must be from 1 to 2147483647\n"
 
 
 def test_the_changed_file_is_as_tidy_as_the_others(my_idea):
@@ -107,21 +107,22 @@ def test_one_step_trains_bitwise_as_td3(my_idea):
     assert_same(tuple(state.opt_state), tuple(expected.opt_state))
 
 
-NUM_ENVS, NUM_STEPS, GAMMA = 3, 96, 0.9
-WALK = {"env": "Walk-test", "num_envs": NUM_ENVS, "gamma": GAMMA, "learning_starts": NUM_STEPS, "batch_size": 16}
-WALK |= {"steps_per_epoch": 6, "total_steps": NUM_STEPS + 6, "buffer_size": NUM_STEPS}
+NUM_ENVS, NUM_STEPS, CAPACITY, GAMMA = 3, 96, 60, 0.9
+WALK = {"env": "Walk-test", "num_envs": NUM_ENVS, "gamma": GAMMA, "learning_starts": NUM_STEPS, "batch_size": 1000}
+WALK |= {"buffer_size": NUM_STEPS, "hidden_sizes": (8,)}
 
 
 @functools.cache
 def collected(module):
     """Rows of all that 3 environments do in 96 steps of random actions: row i is a step of environment i % 3."""
-    return np.asarray(exact_jit(module.init)(module.Config(**WALK), random.key(1)).buffer.rows)
+    return np.asarray(exact_jit(module.init)(module.Config(**WALK), random.key(1)).buffer)
 
 
 @functools.cache
 def record():
     """The same by td3.py, whose file the change leaves alone."""
-    steps = td3.Transition(*(np.asarray(x) for x in td3.unpack(collected(td3), action_dim=1)))
+    _, unravel = ravel_pytree(td3.example(td3.Config(**WALK)))
+    steps = jax.tree.map(np.asarray, jax.vmap(unravel)(collected(td3)))
     same_episode = steps.obs[NUM_ENVS:, 0] > 0  # an episode starts at time 0
     np.testing.assert_array_equal(steps.next_obs[:-NUM_ENVS][same_episode], steps.obs[NUM_ENVS:][same_episode])
     return steps
@@ -146,18 +147,16 @@ def walk(start, count, n):
 def check_windows(module, count, n):
     """Samples from a ring of 60 rows after `count` steps equal the walk; every stored step is drawn, every end met."""
     config, rows = module.Config(**WALK, n_step=n), collected(module)
-    ring = np.zeros((60, rows.shape[1]), np.float32)
+    ring = np.zeros((CAPACITY, rows.shape[1]), np.float32)
     for i in range(count):
-        ring[i % 60] = rows[i]
-    buffer = module.Buffer(jnp.asarray(ring), jnp.int32(count % 60), jnp.int32(min(count, 60)))
-    sample = quick_jit(module.buffer_sample, static_argnums=(3, 4))
-    batch = jax.tree.map(np.asarray, sample(config, buffer, random.key(2), (20, 50), 1))
-    assert [x.shape[2:] for x in batch] == [(1,), (1,), (), (1,), (), ()]
-    batch = module.Transition(*(x.reshape(1000, *x.shape[2:]) for x in batch))
+        ring[i % CAPACITY] = rows[i]
+    batch = quick_jit(module.sample)(config, jnp.asarray(ring), jnp.int32(count), random.key(2))
+    batch = jax.tree.map(np.asarray, batch)
+    assert [x.shape for x in batch] == [(1000, 1), (1000, 1), (1000,), (1000, 1), (1000,), (1000,)]
     # random actions tell which step was drawn
     start_of = {action: i for i, action in enumerate(record().action[:, 0].tolist())}
     starts = [start_of[action] for action in batch.action[:, 0].tolist()]
-    assert sorted(set(starts)) == list(range(max(0, count - 60), count))
+    assert sorted(set(starts)) == list(range(max(0, count - CAPACITY), count))
     np.testing.assert_array_equal(batch.obs, record().obs[starts])
     rewards, next_obs, discounts, ends = zip(*(walk(start, count, n) for start in starts), strict=True)
     np.testing.assert_allclose(batch.reward, rewards, rtol=1e-5)
@@ -175,10 +174,10 @@ def test_n_steps_equal_a_walk_over_the_trajectories(my_idea, count):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("config.num_envs * jnp.arange(config.n_step)", "jnp.arange(config.n_step)"),
-        ("(batch.ended == 0) & (k <= newer)", "k <= newer"),
-        ("terminated | truncated)\n", "terminated)\n"),
-        ("(batch.ended == 0) & (k <= newer)", "batch.ended == 0"),
+        ("index + k * config.num_envs", "index + k"),
+        ("(batch.ended == 0) & (k <= num_later)", "k <= num_later"),
+        ("(1 - terminated), terminated | truncated", "(1 - terminated), terminated"),
+        ("(batch.ended == 0) & (k <= num_later)", "batch.ended == 0"),
     ],
     ids=["environments", "episodes", "time limits", "newest"],
 )

@@ -1,6 +1,7 @@
-"""Mistakes get one line on stderr that names flag and value, exit code 2, and leave nothing behind."""
+"""The command line: every field is a flag; a mistake gets one line on stderr, exit code 2, and writes nothing."""
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,11 @@ from pathlib import Path
 import gymnax
 import jax
 import pytest
-from gymnax.environments import spaces
-from gymnax.environments.classic_control.pendulum import Pendulum
+from cases import CONFIGS, replace
+from test_run import flags_of
 
-from algorithms import ddpg, fqi, fqi_amortized, nfqca, sac, sac_value, soft_fqi, td3
-from common import cli, run
+from amortax.algorithms import ddpg, fqi, nfqca, soft_fqi, td3
+from amortax.common import checks, cli, envs, record, run
 
 SCRIPT = Path(td3.__file__)
 
@@ -21,7 +22,7 @@ def fails(monkeypatch, capsys, out, *flags, module=td3):
     """Run the command in this process; return its one line of error after checking the rest."""
     monkeypatch.setattr(sys, "argv", ["td3.py", "--out", str(out), *flags])
     with pytest.raises(SystemExit) as error:
-        run.main(module.Config, module.init, module.epoch)
+        run.main(module.Config, module.init, module.epoch, module.num_epochs)
     said = capsys.readouterr()
     assert error.value.code == 2
     assert said.err.count("\n") == 1
@@ -30,108 +31,68 @@ def fails(monkeypatch, capsys, out, *flags, module=td3):
     return said.err
 
 
+# Mistakes: one of each kind; tests/test_contract.py has the range of every field
+
+
 MISTAKES = [
-    ("--env Pendulum-v2", ["--env Pendulum-v2", "Pendulum-v1"]),
-    ("--env pendulum", ["--env pendulum", "Pendulum-v1"]),
-    ("--env zzz", ["--env zzz", "Reacher-misc"]),
-    ("--env CartPole-v1", ["--env CartPole-v1", "Box", "Swimmer-misc"]),
-    ("--env no_such_module:make", ["--env no_such_module:make", "module:factory"]),
-    ("--env math:pi", ["--env math:pi", "callable"]),
-    ("--env math:sqrt", ["--env math:sqrt", "cannot be made"]),
-    ("--total-steps 0", ["--total-steps 0", "from 1"]),
-    ("--total-steps -5", ["--total-steps -5", "from 1"]),
-    ("--total-steps 3000000000", ["--total-steps 3000000000", "to 2147483647"]),
-    ("--total-steps 1e4", ["--total-steps", "1e4"]),
-    ("--num-envs 0", ["--num-envs 0", "from 1"]),
-    ("--num-envs 7", ["--learning-starts 1000", "multiple of 14", "num_envs=7"]),
-    ("--num-seeds 0", ["--num-seeds 0", "from 1"]),
-    ("--seed -1", ["--seed -1", "from 0"]),
-    ("--seed 1.5", ["--seed", "1.5"]),
-    ("--hidden-sizes 64 0", ["--hidden-sizes 0", "from 1"]),
-    ("--policy-delay 0", ["--policy-delay 0", "from 1"]),
-    ("--num-eval-episodes 0", ["--num-eval-episodes 0", "from 1"]),
-    ("--gamma 1.01", ["--gamma 1.01", "[0, 1]"]),
-    ("--gamma nan", ["--gamma nan", "finite"]),
-    ("--gamma abc", ["--gamma", "abc"]),
-    ("--tau -0.1", ["--tau -0.1", "[0, 1]"]),
-    ("--learning-rate inf", ["--learning-rate inf", "finite"]),
-    ("--learning-rate 0", ["--learning-rate 0", "more than 0"]),
-    ("--exploration-noise -0.1", ["--exploration-noise -0.1", "0 or more"]),
-    ("--target-noise -1", ["--target-noise -1", "0 or more"]),
-    ("--noise-clip -1", ["--noise-clip -1", "0 or more"]),
-    ("--batch-size 1001", ["--batch-size 1001", "at most 1000", "warm-up"]),
-    ("--batch-size 32 --buffer-size 16", ["--batch-size 32", "at most 16"]),
-    ("--buffer-size 1001", ["--buffer-size 1001", "multiple of 8"]),
-    ("--buffer-size 2000000000", ["--buffer-size 2000000000", "GiB"]),
-    ("--learning-starts 10000", ["--learning-starts 10000", "less than total_steps=10000"]),
-    ("--steps-per-epoch 1001", ["--steps-per-epoch 1001", "multiple of 8"]),
-    ("--total-steps 10500", ["--total-steps 10500", "multiple of steps_per_epoch=1000"]),
-    ("--name a/b", ["--name 'a/b'", "folder name"]),
-    ("--name ..", ["--name '..'", "folder name"]),
-    ("--gama 0.9", ["--gama", "--gamma"]),
-    ("--gamma", ["--gamma"]),
-    ("--track mlflow", ["--track", "mlflow", "wandb"]),
-    ("--resume", ["--resume", "nothing to resume"]),
-    ("stray", ["stray"]),
-]
-
-
-@pytest.mark.parametrize(("flags", "named"), MISTAKES, ids=[flags for flags, _ in MISTAKES])
-def test_mistake(monkeypatch, capsys, tmp_path, flags, named):
-    out = tmp_path / "out"
-    line = fails(monkeypatch, capsys, out, *flags.split())
-    for text in named:
-        assert text in line
-    assert not out.exists()
-
-
-OWN_MISTAKES = [
-    (ddpg, "--target-period 0", ["--target-period 0", "from 1"]),
-    (ddpg, "--target-period 7", ["--learning-starts 1000", "multiple of 56", "target_period"]),
-    (ddpg, "--ou-theta -1", ["--ou-theta -1", "0 or more"]),
-    (ddpg, "--ou-sigma -1", ["--ou-sigma -1", "0 or more"]),
-    (ddpg, "--ou-dt 0", ["--ou-dt 0", "more than 0"]),
-    (ddpg, "--ou-mu nan", ["--ou-mu nan", "finite"]),
-    (sac_value, "--alpha 0", ["--alpha 0", "more than 0"]),
-    (sac, "--initial-alpha -1", ["--initial-alpha -1", "more than 0"]),
-    (sac, "--target-entropy inf", ["--target-entropy inf", "finite"]),
+    (td3, "--env Pendulum-v2", ["--env Pendulum-v2: no such", "nearest: Pendulum-v1"]),
+    (td3, "--env pendulum", ["--env pendulum: no such", "nearest: Pendulum-v1"]),
+    (td3, "--env zzz", ["--env zzz: no such", "Reacher-misc"]),
+    (td3, "--env CartPole-v1", ["--env CartPole-v1: must have actions in a Box", "some that fit:", "Swimmer-misc"]),
+    (td3, "--env Unbounded-test", ["--env Unbounded-test: must have", "finite bounds", "Swimmer-misc"]),
+    (fqi, "--env Unbounded-test", ["--env Unbounded-test: must have Discrete", "finite bounds", "Swimmer-misc"]),
+    (td3, "--env no_such_module:make", ["--env no_such_module:make", "module:factory"]),
+    (td3, "--env math:pi", ["--env math:pi", "callable"]),
+    (td3, "--env math:sqrt", ["--env math:sqrt", "cannot be made"]),
+    (td3, "--total-steps 0", ["--total-steps 0: must be from 1 to 2147483647\n"]),
+    (td3, "--total-steps 3000000000", ["--total-steps 3000000000: must be from 1 to 2147483647\n"]),
+    (td3, "--total-steps 1e4", ["--total-steps", "1e4"]),
+    (td3, "--hidden-sizes 64 0", ["--hidden-sizes 0: must be from 1"]),
+    (td3, "--gamma 1.5", ["--gamma 1.5: must be in [0, 1]\n"]),
+    (td3, "--gamma nan", ["--gamma nan: must be in [0, 1]\n"]),
+    (td3, "--gamma abc", ["--gamma", "abc"]),
+    (td3, "--gamma", ["--gamma"]),
+    (td3, "--learning-rate 0", ["--learning-rate 0.0: must be > 0\n"]),
+    (td3, "--exploration-noise -0.1", ["--exploration-noise -0.1: must be >= 0\n"]),
+    (ddpg, "--ou-mu inf", ["--ou-mu inf: must be finite\n"]),
+    (td3, "--utd-ratio 0.3", ["--utd-ratio 0.3: must make whole updates"]),
+    (td3, "--buffer-size 2000000000", ["--buffer-size 2000000000: a run needs", "GiB"]),
+    (td3, "--num-seeds 0", ["--num-seeds 0: must be from 1"]),
+    (td3, "--seed -1", ["--seed -1: must be from 0"]),
+    (td3, "--seed 2147483647", ["--seed 2147483647: must be from 0 to 2147483646"]),
+    (td3, "--seed 1.5", ["--seed", "1.5"]),
+    (td3, "--name a/b", ["--name 'a/b'", "folder name"]),
+    (td3, "--name ..", ["--name '..'", "folder name"]),
+    (td3, "--gama 0.9", ["--gama", "(perhaps you meant --gamma)", "--help lists all flags"]),
+    (td3, "--track mlflow", ["--track", "mlflow", "wandb"]),
+    (td3, "--num-processes 2", ["--num-processes and --process-id need --distributed"]),
+    (td3, "--resume", ["--resume: nothing to resume in"]),
+    (td3, "stray", ["stray"]),
     (fqi, "--maximizer magic", ["--maximizer", "magic", "gradient"]),
-    (fqi, "--maximizer exhaustive", ["--maximizer exhaustive", "gradient", "Pendulum-v1", "a Box"]),
-    (fqi, "--env CartPole-v1", ["--maximizer gradient", "exhaustive", "CartPole-v1", "Discrete"]),
+    (fqi, "--maximizer exhaustive", ["--maximizer exhaustive: must be", "gradient", "Pendulum-v1 are a Box"]),
+    (fqi, "--env CartPole-v1", ["--maximizer gradient: must be exhaustive", "CartPole-v1 are Discrete"]),
     (fqi, "--maximizer grid --num-candidates 100001", ["--num-candidates 100001", "grid", "too large"]),
-    (fqi, "--num-base-points 150", ["--num-base-points 150", "multiple of num_envs=100"]),
-    (fqi, "--iterations-per-epoch 3", ["--iterations-per-epoch 3", "divisor of num_iterations=50"]),
-    (fqi, f"--base-points {SCRIPT}", ["--base-points", "td3.py", "not a file of base points"]),
+    (fqi, f"--base-points {SCRIPT}", ["--base-points", "td3.py: not a file of base points"]),
     (fqi, "--base-points points.txt", ["--base-points points.txt", ".npz"]),
-    (fqi, "--base-points /proc/points.npz", ["--base-points /proc/points.npz", "cannot write"]),
-    (fqi, "--exploration-range 2", ["--exploration-range 2", "at most 1"]),
-    (fqi, "--tolerance -1", ["--tolerance -1", "0 or more"]),
-    (fqi_amortized, "--exact-fraction 1.5", ["--exact-fraction 1.5", "[0, 1]"]),
-    (fqi_amortized, "--exact-fraction -0.5", ["--exact-fraction -0.5", "[0, 1]"]),
-    (fqi_amortized, "--window -1", ["--window -1", "from 0"]),
-    (nfqca, "--env CartPole-v1", ["--env CartPole-v1", "Box", "Swimmer-misc"]),
-    (nfqca, "--rounds 3", ["--num-base-points 20000", "multiple of 300"]),
-    (soft_fqi, "--beta 0", ["--beta 0", "more than 0"]),
+    (fqi, "--num-base-points 100 --base-points /proc/points.npz", ["--base-points /proc/points.npz", "cannot write"]),
+    (nfqca, "--env CartPole-v1", ["--env CartPole-v1: must have actions in a Box", "Swimmer-misc"]),
     (soft_fqi, "--num-nodes 100001", ["--num-nodes 100001", "too large"]),
-    (soft_fqi, "--env CartPole-v1 --integral dual", ["--integral dual", "quadrature"]),
+    (soft_fqi, "--env CartPole-v1 --integral dual", ["--integral dual: must be quadrature", "Discrete"]),
 ]
 
 
-@pytest.mark.parametrize(("module", "flags", "named"), OWN_MISTAKES, ids=[flags for _, flags, _ in OWN_MISTAKES])
-def test_mistake_in_an_algorithm_s_own_flags(monkeypatch, capsys, tmp_path, module, flags, named):
+@pytest.mark.parametrize(("module", "flags", "named"), MISTAKES, ids=[f"{m.__name__[19:]} {f}" for m, f, _ in MISTAKES])
+def test_mistake(monkeypatch, capsys, tmp_path, module, flags, named):
     line = fails(monkeypatch, capsys, tmp_path / "out", *flags.split(), module=module)
     for text in named:
         assert text in line
     assert not (tmp_path / "out").exists()
 
 
-def test_out_is_a_file(monkeypatch, capsys, tmp_path):
+def test_out_is_a_file_or_not_writable(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert f"--out {tmp_path / 'file'}" in fails(monkeypatch, capsys, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_out_is_not_writable(monkeypatch, capsys):
     assert "--out /proc/runs: cannot write" in fails(monkeypatch, capsys, "/proc/runs")
 
 
@@ -143,52 +104,135 @@ def test_foreign_files_in_the_folder_are_kept(monkeypatch, capsys, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_from_the_shell_without_a_traceback(tmp_path):
-    command = [sys.executable, SCRIPT, "--gamma", "2", "--out", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --gamma 2.0: must be in [0, 1]\n"
-    assert not list(tmp_path.iterdir())
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_envs": 1},
+        {"num_envs": 7},
+        {"num_envs": 16},
+        {"policy_delay": 3},
+        {"total_steps": 10_501},
+        {"total_steps": 10, "learning_starts": 10_000},
+        {"steps_per_epoch": 1001},
+        {"batch_size": 1001, "learning_starts": 64},
+        {"buffer_size": 1001},
+    ],
+    ids=str,
+)
+def test_counts_need_not_be_multiples_of_each_other(fields):
+    """Such a run is accepted, and has at least one epoch that has at least one iteration."""
+    config = replace(td3.Config(), **fields)
+    checks.check_config(config, td3.init)
+    checks.check_config(config, td3.train)
+    assert td3.num_epochs(config) >= 1
 
 
-def test_help_names_every_field(monkeypatch, capsys):
+# Flags
+
+
+def test_help_shows_every_field_with_its_rule(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["td3.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as error:
-        run.main(td3.Config, td3.init, td3.epoch)
+        run.main(td3.Config, td3.init, td3.epoch, td3.num_epochs)
     text = capsys.readouterr().out
     assert error.value.code == 0
-    fields = dataclasses.fields(td3.Config) + dataclasses.fields(cli.Options)
-    for field in fields:
-        assert f"--{field.name.replace('_', '-')} " in text
-    assert "environment steps in all, the warm-up included" in text
+    rules = {"seed": ">= 0", "num_seeds": ">= 1"}
+    for field in dataclasses.fields(td3.Config):
+        default = ">= 1" if field.type in (int, tuple[int, ...]) else ""
+        (rules[field.name],) = getattr(field.type, "__metadata__", [default])
+    for field in dataclasses.fields(td3.Config) + dataclasses.fields(cli.Options):
+        flag, rule = f"--{field.name.replace('_', '-')}", rules.get(field.name, "")
+        assert any(f"{flag} " in line and rule in line for line in text.splitlines()), (flag, rule)
+    assert "--gamma FLOAT in [0, 1]" in text
+    assert "--num-envs INT >= 1" in text
+    assert "--hidden-sizes [INT ...] >= 1" in text
+    assert "environment steps, warm-up included" in text
+    assert td3.__doc__.splitlines()[0][:60] in text
 
 
 def test_every_field_is_read_from_its_flag(monkeypatch):
-    flags = "--hidden-sizes 8 9 10 --gamma 0.5 --total-steps 3000 --seed 7 --no-plot --out x --name n --resume"
-    monkeypatch.setattr(sys, "argv", ["td3.py", *flags.split()])
-    config, options = cli.parse_run(td3.Config, "td3.py")
-    assert config == td3.Config(hidden_sizes=(8, 9, 10), gamma=0.5, total_steps=3000)
-    assert options == cli.Options(seed=7, no_plot=True, out=Path("x"), name="n", resume=True)
+    """All fields of all kinds at once, each with a value that is not its default."""
+    changed = {"env": "LQR-v0", "hidden_sizes": (8, 9, 10)}
+    for field in dataclasses.fields(td3.Config):
+        if field.name not in changed:
+            changed[field.name] = field.default * 2 if isinstance(field.default, int) else field.default / 2
+    config = td3.Config(**changed)
+    words = "--seed 7 --num-seeds 2 --no-plot --out x --name n --resume --sweep gamma=0.1 --sweep tau=0.2"
+    words += " --track wandb tensorboard --distributed --coordinator-address a:1 --num-processes 3 --process-id 2"
+    monkeypatch.setattr(sys, "argv", ["td3.py", *flags_of(config), *words.split()])
+    expected = {"seed": 7, "num_seeds": 2, "sweep": ("gamma=0.1", "tau=0.2"), "name": "n", "out": Path("x")}
+    expected |= {"resume": True, "no_plot": True, "track": ("wandb", "tensorboard"), "distributed": True}
+    expected |= {"coordinator_address": "a:1", "num_processes": 3, "process_id": 2}
+    assert set(expected) == {field.name for field in dataclasses.fields(cli.Options)}
+    assert cli.parse_run(td3.Config) == (config, cli.Options(**expected))
 
 
-class Unbounded(Pendulum):
-    """Pendulum whose actions have no bounds."""
-
-    def action_space(self, params=None):
-        return spaces.Box(-float("inf"), float("inf"), (1,))
-
-
-def test_user_environment(monkeypatch, capsys, tmp_path):
+def test_user_environment(monkeypatch, tmp_path):
     (tmp_path / "my_env.py").write_text(
         "from gymnax.environments.classic_control.pendulum import Pendulum\n\n\ndef make():\n    return Pendulum()\n"
     )
     monkeypatch.chdir(tmp_path)
-    cli.register_env("my_env:make")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    envs.register("my_env:make")
     env, _ = gymnax.make("my_env:make")
     assert env.name == "Pendulum-v1"
     assert jax.eval_shape(td3.init, td3.Config(env="my_env:make"), jax.random.key(0)).obs.shape == (8, 3)
 
 
-def test_unbounded_actions(monkeypatch, capsys, tmp_path):
-    gymnax.register("Unbounded-test", Unbounded)
-    assert "finite bounds" in fails(monkeypatch, capsys, tmp_path / "out", "--env", "Unbounded-test")
+# A copied file
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A folder with a copy of an algorithm file, one field and one rule more, and files named as this project's."""
+    folder = tmp_path_factory.mktemp("copy")
+    text = SCRIPT.read_text()
+    for old, new in (
+        ("    tau: Annotated", '    my_number: Annotated[float, "in [2, 3]"] = 2.5  # what I try\n    tau: Annotated'),
+        ("RULES = {\n", 'RULES = {\n    "in [2, 3]": lambda x: (x >= 2) & (x <= 3),\n'),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (folder / "my_idea.py").write_text(text)
+    for name in ("common.py", "algorithms/__init__.py", "algorithms/td3.py", "jax_utils.py", "wandb/latest-run"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("raise RuntimeError('not mine')\n")
+    return folder
+
+
+def test_copied_file_runs_beside_whatever_lies_there(copy):
+    """By the command of the README, with a field of its own."""
+    config = replace(CONFIGS["td3"], total_steps=80, hidden_sizes=(4,), num_eval_episodes=1)
+    words = ["--name", "first-try", "--my-number", "3", "--no-plot", *flags_of(config)]
+    done = subprocess.run([sys.executable, "my_idea.py", *words], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = copy / "results/runs/my_idea/Pendulum-v1/first-try/seed_0"
+    assert (folder / "policy.npz").exists()
+    assert record.read_config(folder)["config"]["my_number"] == 3
+
+
+def test_field_of_a_copied_file_is_checked_by_its_own_rule(copy, monkeypatch, capsys, tmp_path):
+    spec = importlib.util.spec_from_file_location("my_idea", copy / "my_idea.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "my_idea", module)  # where the command line looks for the docstring
+    spec.loader.exec_module(module)
+    line = fails(monkeypatch, capsys, tmp_path / "out", "--my-number", "3.5", module=module)
+    assert line == "error: --my-number 3.5: must be in [2, 3]\n"
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys, "argv", ["my_idea.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        cli.parse_run(module.Config)
+    text = capsys.readouterr().out
+    assert "--my-number FLOAT in [2, 3]" in text
+    assert "what I try" in text
+
+
+def test_mistake_in_the_shell_has_no_traceback(copy, tmp_path):
+    command = [sys.executable, copy / "my_idea.py", "--my-number", "1", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --my-number 1.0: must be in [2, 3]\n"
+    assert not list(tmp_path.iterdir())

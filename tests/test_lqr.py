@@ -1,5 +1,7 @@
 """The linear-quadratic environment against SciPy, simulation and quadrature."""
 
+import functools
+
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -8,28 +10,39 @@ import pytest
 import scipy.linalg
 from jax import lax, random
 
-from common import lqr
+from amortax.common import lqr
 
 GAMMA, ALPHA = 0.9, 0.3
 DIMS = (1, 2, 4)
+START = np.array([1.0, -1.0, 1.0, -1.0])
 
 
-def simulate(params, gamma, policy, num_episodes=4096, steps=150):
-    """Discounted returns `[num_episodes]` of `policy(s, key)` from s = (1, -1, ...), without the box."""
-    start = jnp.asarray([1.0, -1.0, 1.0, -1.0])[: len(params.A)]
+@functools.cache
+def simulator(dims):
+    """Compiled once for all policies `a = -K s + root N(0, 1)`: discounted returns `[4096]` from s = (1, -1, ...).
 
-    def step(carry, key):
-        s, total, discount = carry
-        key_policy, key_noise = random.split(key)
-        a, bonus = policy(s, key_policy)
-        total += discount * (bonus - s @ params.Q @ s - a @ params.R @ a)
-        s = params.A @ s + params.B @ a + params.noise @ random.normal(key_noise, s.shape)
-        return (s, total, discount * gamma), None
+    Each step earns `bonus` besides; actions are not clipped to the box.
+    """
+    params, start = lqr.system(dims), jnp.asarray(START[:dims])
 
-    def episode(key):
-        return lax.scan(step, (start, 0.0, 1.0), random.split(key, steps))[0][1]
+    def episode(K, root, bonus, key):
+        def step(carry, key):
+            s, total, discount = carry
+            key_policy, key_noise = random.split(key)
+            a = -K @ s + root @ random.normal(key_policy, root.shape[:1])
+            total += discount * (bonus - s @ params.Q @ s - a @ params.R @ a)
+            s = params.A @ s + params.B @ a + params.noise @ random.normal(key_noise, s.shape)
+            return (s, total, discount * GAMMA), None
 
-    return np.asarray(jax.jit(jax.vmap(episode))(random.split(random.key(0), num_episodes))), np.asarray(start)
+        return lax.scan(step, (start, 0.0, 1.0), random.split(key, 150))[0][1]
+
+    keys = random.split(random.key(0), 4096)
+    return jax.jit(lambda K, root, bonus: jax.vmap(episode, in_axes=(None, None, None, 0))(K, root, bonus, keys))
+
+
+def simulate(dims, K, root=None, bonus=0.0):
+    root = np.zeros((len(K), len(K))) if root is None else root
+    return np.asarray(simulator(dims)(*(jnp.asarray(x, jnp.float32) for x in (K, root, bonus))))
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -45,15 +58,13 @@ def test_riccati_equals_scipy(dims, gamma):
 
 @pytest.mark.parametrize("dims", DIMS)
 def test_value_equals_simulation_and_no_other_gain_is_better(dims):
-    params = lqr.system(dims)
-    solution = lqr.solve(params, GAMMA)
-    K = jnp.asarray(solution.K)
-    returns, start = simulate(params, GAMMA, lambda s, key: (-K @ s, 0.0))
+    solution, start = lqr.solve(lqr.system(dims), GAMMA), START[:dims]
+    returns = simulate(dims, solution.K)
     expected = -start @ solution.P @ start + solution.offset
     # the noise contributes little to the spread; six standard errors
     np.testing.assert_allclose(returns.mean(), expected, atol=6 * returns.std() / 64)
     for scale in (0.8, 1.2):
-        worse, _ = simulate(params, GAMMA, lambda s, key, scale=scale: (-scale * K @ s, 0.0))
+        worse = simulate(dims, scale * solution.K)
         assert (returns - worse).mean() > 6 * (returns - worse).std() / 64  # the same noise in both
 
 
@@ -74,21 +85,18 @@ def test_soft_value_equals_simulation(dims):
     params = lqr.system(dims)
     solution = lqr.solve(params, GAMMA, ALPHA)
     np.testing.assert_array_equal(solution.K, lqr.solve(params, GAMMA).K)
-    K, start = jnp.asarray(solution.K), None
+    start = START[:dims]
 
     def earned(scale):
         covariance = scale * solution.covariance
-        root = jnp.asarray(np.linalg.cholesky(covariance))
         entropy = 0.5 * np.linalg.slogdet(2 * np.pi * np.e * covariance)[1]
-        return simulate(
-            params, GAMMA, lambda s, key: (-K @ s + root @ random.normal(key, K.shape[:1]), ALPHA * entropy)
-        )
+        return simulate(dims, solution.K, np.linalg.cholesky(covariance), ALPHA * entropy)
 
-    returns, start = earned(1.0)
+    returns = earned(1.0)
     expected = -start @ solution.P @ start + solution.offset
     np.testing.assert_allclose(returns.mean(), expected, atol=6 * returns.std() / 64)
     for scale in (0.3, 3.0):
-        worse, _ = earned(scale)
+        worse = earned(scale)
         assert returns.mean() - worse.mean() > 6 * (returns.std() + worse.std()) / 64
 
 
@@ -109,7 +117,7 @@ def test_soft_value_equals_quadrature():
     np.testing.assert_allclose(variance, solution.covariance[0, 0], rtol=1e-9)
 
 
-def test_a_system_that_cannot_be_stabilised_is_refused():
+def test_a_system_that_cannot_be_stabilized_is_refused():
     params = lqr.system(1).replace(A=np.array([[2.0]]), B=np.array([[0.0]]))
     with pytest.raises(RuntimeError, match="does not converge"), np.errstate(all="ignore"):
         lqr.solve(params, 0.9)

@@ -1,4 +1,4 @@
-"""Exact maximisers against dense grids, brute force and hand-worked networks."""
+"""Exact maximizers against dense grids, brute force and hand-worked networks."""
 
 import itertools
 
@@ -9,8 +9,8 @@ import pytest
 from cases import np_mlp, random_layers
 from jax import random
 
-from algorithms import fqi
-from common import milp
+from amortax.algorithms import fqi
+from amortax.common import milp
 
 
 def network(seed, obs_dim, action_dim, *hidden):
@@ -111,7 +111,7 @@ def test_a_time_limit_that_is_too_short_is_named():
         milp.relu_network(layers, obs, time_limit=0.05)
 
 
-def test_it_is_a_maximiser_of_fitted_q(monkeypatch):
+def test_it_is_a_maximizer_of_fitted_q(monkeypatch):
     """Within a compiled program and batched over states: the very actions of each state alone."""
     monkeypatch.setitem(fqi.MAXIMIZERS, "milp", milp.maximize)
     config = fqi.Config(maximizer="milp", hidden_sizes=(8,))

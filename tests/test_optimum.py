@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments import optimum
 from jax import random
 from scipy.interpolate import RegularGridInterpolator
-from test_readme import load_script
-
-optimum = load_script("optimum")
 
 
 @pytest.mark.parametrize("name", optimum.AXES)

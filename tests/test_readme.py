@@ -1,73 +1,108 @@
-"""The README's code runs as it stands, and its commands name what exists."""
+"""The README's code runs as it stands, its commands are accepted by their parsers, its links and numbers exist."""
 
-import importlib.util
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
 import json
 import re
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 
-from algorithms import (
-    ddpg,
-    fqi,
-    fqi_amortized,
-    gradient_estimators,
-    nfqca,
-    reinforce,
-    sac,
-    sac_value,
-    soft_fqi,
-    svg,
-    td3,
-)
-from common import cli, demo, play
+import benchmark.benchmark
+import pytest
+import reproduce
+from cases import ALGORITHMS
+
+from amortax.algorithms import gradient_estimators, td3
+from amortax.common import cli, demo, play
 
 ROOT = Path(td3.__file__).parent.parent
-ALGORITHMS = (fqi, fqi_amortized, nfqca, soft_fqi, ddpg, td3, sac_value, sac, gradient_estimators, reinforce, svg)
-CLASSES = (*(module.Config for module in ALGORITHMS), cli.Options, demo.Options, play.Play)
 TEXT = (ROOT / "README.md").read_text()
+# commands of one line, in blocks or in a sentence, also after `&&`
+COMMANDS = sorted(set(re.findall(r"(?:^|`|&& )(python (?:-m |[\w/]+\.py)[^`\n]*)", TEXT, re.MULTILINE)))
 
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_python_block_prints_what_it_says(tmp_path):
+def test_python_block_prints_what_it_says(monkeypatch):
+    """Unchanged, but with small networks and batches, which are not in what it prints."""
     (block,) = blocks("python")
+    monkeypatch.setattr(td3, "Config", functools.partial(td3.Config, hidden_sizes=(8,), batch_size=8))
     assert len(block.strip().splitlines()) <= 10
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stdout.splitlines() == re.findall(r"print.*# (\([\d, ]*\))", block)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(block, {})
+    assert said.getvalue().splitlines() == re.findall(r"print.*# (\([\d, ]*\))", block)
 
 
-def test_copied_file_runs_anywhere_with_the_command_line(tmp_path):
-    commands = next(block for block in blocks("bash") if "cp " in block).strip()
-    small = " --total-steps 128 --learning-starts 64 --steps-per-epoch 64 --batch-size 16 --num-eval-episodes 2"
-    script = commands.replace("algorithms", str(ROOT / "algorithms")).replace("python", sys.executable)
-    subprocess.run(["bash", "-ec", script + small], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "results/runs/my_idea/Pendulum-v1/first-try/seed_0/policy.npz").exists()
-
-
-def test_commands_and_links_name_what_exists(capsys):
+@pytest.mark.quick
+def test_blocks_of_commands_are_those_that_other_tests_run():
+    """tests/test_cli.py copies a file and runs it as here; tests/test_estimators.py has the numbers of the table."""
     assert "pip install -e . && python algorithms/td3.py --seed 0\n" in blocks("bash")
     assert 'pip install -e ".[test]" && pytest\n' in blocks("bash")
+    assert "cp algorithms/td3.py my_idea.py\npython my_idea.py --name first-try\n" in blocks("bash")
+    assert "python algorithms/gradient_estimators.py --chapter-table\n" in blocks("bash")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_accepted_by_its_parser(command, monkeypatch):
+    _, script, *words = shlex.split(command.replace("HOST:PORT", "host:1"))
+    if script == "-m":
+        (script, *words) = words
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    name = Path(script).stem
+    if script == "amortax.common.play":
+        assert cli.parse(play.Play).run.name == "default"
+    elif script == "results/reproduce.py":
+        names = [word for word in words if not word.startswith("--")]
+        assert set(names) - {"NAME"} <= {*reproduce.EXPERIMENTS, "all"}
+        assert {word[2:] for word in words} - {name[2:] for name in names} <= {
+            field.name for field in dataclasses.fields(reproduce.Reproduce)
+        }
+    elif script == "results/benchmark/benchmark.py":
+        assert f"python {script} {' '.join(words)}" in benchmark.benchmark.__doc__
+    elif name == "gradient_estimators":
+        demo.parse(gradient_estimators.Config)
+    else:
+        module = importlib.import_module(f"amortax.algorithms.{'td3' if name == 'my_idea' else name}")
+        assert name == "my_idea" or (ROOT / script).samefile(module.__file__)
+        cli.parse_run(module.Config)
+
+
+@pytest.mark.quick
+def test_flags_and_links_name_what_exists():
+    assert len(COMMANDS) > 10
     for link in re.findall(r"\]\(([\w./-]+)[#)]", TEXT):
         assert (ROOT / link).exists(), link
-    flags = {f"--{name.replace('_', '-')}" for c in CLASSES for name in c.__annotations__}
+    headings = {x.lower() for x in re.findall(r'<a (?:id|name)="(.*?)"', (ROOT / "results" / "README.md").read_text())}
+    headings |= set(re.findall(r"^#+ (\w+)$", (ROOT / "results" / "README.md").read_text(), re.MULTILINE))
+    for anchor in re.findall(r"\]\(results/README.md#([\w-]+)\)", TEXT):
+        assert anchor in headings, anchor
+    classes = [module.Config for module in (*ALGORITHMS.values(), gradient_estimators)]
+    classes += [cli.Options, demo.Options, play.Play, reproduce.Reproduce]
+    flags = {f"--{field.name.replace('_', '-')}" for x in classes for field in dataclasses.fields(x)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
-    assert named - flags - {"--help", "--peers", "--list"} == set()
+    assert named - flags - {"--help", "--peers"} == set()
+    for name in [*ALGORITHMS, "gradient_estimators"]:
+        assert f"[`{name}.py`](algorithms/{name}.py)" in TEXT
+    for diff in re.findall(r"`diff (\S+) (\S+)`", TEXT):
+        assert all((ROOT / path).exists() for path in diff)
 
 
-def test_every_figure_of_speed_is_the_measured_one():
-    """The table of `results/README.md` is that of `results/benchmark.json`; the README quotes lines of it."""
-    table = load_script("benchmark").table(json.loads((ROOT / "results" / "benchmark.json").read_text()))
+@pytest.mark.quick
+def test_every_number_of_the_speed_tables_is_the_measured_one():
+    """The table of `results/README.md` is that of `benchmark.json`; the README quotes lines of it."""
+    measured = json.loads((ROOT / "results" / "benchmark" / "benchmark.json").read_text())
+    table = benchmark.benchmark.table(measured)
     assert "\n".join(table) in (ROOT / "results" / "README.md").read_text()
-    quoted = [line for line in TEXT[TEXT.index("## Speed") :].splitlines() if re.match(r"\| (td3|sac) \|", line)]
+    speed = TEXT[TEXT.index("## Speed") :].split("\n## ")[0]
+    quoted = [line for line in speed.splitlines() if re.match(r"\| \w+ \| ", line) and "| case |" not in line]
     assert len(quoted) > 5
     assert set(quoted) <= set(table)
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "results" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert measured["machine"] in speed

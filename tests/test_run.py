@@ -1,10 +1,13 @@
-"""The runner: the same bytes for a seed however it is run, and nothing lost to a kill, an interrupt or a mistake."""
+"""The runner: the same bytes for a seed in any company, and nothing lost to a kill, an interrupt or a mistake."""
 
 import csv
+import dataclasses
+import functools
 import json
+import math
 import os
 import random
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -17,57 +20,100 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FUSIONS
+from cases import ALGORITHMS, CONFIGS, FUSIONS, assert_close, assert_same, replace
 
-from algorithms import fqi, fqi_amortized, nfqca, reinforce, svg, td3
-from common import checkpoint, cli, devices, milp, plot, record, run
+from amortax.algorithms import fqi, td3
+from amortax.common import checkpoint, checks, cli, devices, milp, plot, policy, programs, record, run
 
 SCRIPT = Path(td3.__file__)
-SMALL = {
-    "total_steps": 512,
-    "learning_starts": 128,
-    "steps_per_epoch": 64,
-    "num_envs": 4,
-    "hidden_sizes": (8, 8),
-    "batch_size": 16,
-    "buffer_size": 256,
-    "num_eval_episodes": 2,
-}
-CONFIG = td3.Config(**SMALL)
-FLAGS = [
-    word
-    for name, value in SMALL.items()
-    for word in ("--" + name.replace("_", "-"), *map(str, value if isinstance(value, tuple) else (value,)))
-]
-# the runner, saving a checkpoint after every epoch
-EAGER = f"""
+CONFIG = replace(CONFIGS["td3"], total_steps=160)  # six epochs
+STEPS = [80, 96, 112, 128, 144, 160]
+THREE = ("--num-seeds", "3")  # two rounds on two devices
+
+
+def flags_of(config):
+    """The flags that give a configuration."""
+    changed = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
+    values = {name: getattr(config, name) for name in changed}
+    return [
+        word
+        for name, value in values.items()
+        for word in ("--" + name.replace("_", "-"), *map(str, value if isinstance(value, tuple) else (value,)))
+    ]
+
+
+# the runner, but with another share of its time for checkpoints
+SCRIPT_WITH_SHARE = f"""
 import runpy
-from common import run
-run.CHECKPOINT_SHARE = 1e9
+from amortax.common import run
+run.CHECKPOINT_SHARE = %g
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 
 
-def command(out, *flags):
-    """A process of the command line that saves after every epoch."""
-    return [sys.executable, "-c", EAGER, *FLAGS, "--out", str(out), *flags]
+def command(out, *flags, share=1e9):
+    """The words of a process of the command line that saves, by default, after every epoch."""
+    return [sys.executable, "-c", SCRIPT_WITH_SHARE % share, *flags_of(CONFIG), "--out", str(out), *flags]
 
 
-def execute(monkeypatch, out, *flags, epoch=td3.epoch):
-    """Run the command in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["td3.py", *FLAGS, "--out", str(out), *flags])
+COMPILE = programs.compile_programs
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(config, init, epoch, runs_per_device, device):
+    """Programs for one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "choose", lambda _: [device])
+        return COMPILE(config, init, epoch, runs_per_device, runs_per_device)
+
+
+def compile_once(config, init, epoch, num_runs, runs_per_device=1):
+    """`compile_programs`, but compiled once for the commands of all tests, whose hyperparameters are arguments."""
+    config = jax.tree.map(lambda x: type(x)(0), config)
+    used = devices.choose(math.ceil(num_runs / runs_per_device))
+    parts = [compiled(config, init, epoch, runs_per_device, device) for device in used]
+    return programs.Programs([x.init[0] for x in parts], [x.epoch[0] for x in parts], used, used, runs_per_device)
+
+
+def execute(monkeypatch, out, *flags, module=td3, config=CONFIG, epoch=None):
+    """Run the command in this process, without compiling what an earlier one has compiled; returns its exit code."""
+    monkeypatch.setattr(programs, "compile_programs", compile_once)
+    monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *flags_of(config), "--out", str(out), *flags])
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         with pytest.raises(SystemExit) as end:
-            run.main(td3.Config, td3.init, epoch)
+            run.main(module.Config, module.init, epoch or module.epoch, module.num_epochs)
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)
     return end.value.code
 
 
-def group(out, name="default"):
-    return Path(out) / "td3" / "Pendulum-v1" / name
+def interrupt_after(patch, num_epochs):
+    """Let the next command be interrupted after this many epochs; returns a list that grows by one each epoch."""
+    asked, epochs, advance = threading.Event(), [], programs.advance
+
+    def counted(*args):
+        epochs.append(1)
+        if len(epochs) == num_epochs:
+            asked.set()
+        return advance(*args)
+
+    if num_epochs == 0:
+        asked.set()
+    patch.setattr(run, "catch_interrupts", lambda: asked)
+    patch.setattr(programs, "advance", counted)
+    return epochs
+
+
+def use_devices(patch, number):
+    """Let the next commands find this many devices."""
+    choose = devices.choose
+    patch.setattr(devices, "choose", lambda n: choose(n)[:number])
+
+
+def group(out, name="default", algorithm="td3", env="Pendulum-v1"):
+    return Path(out) / algorithm / env / name
 
 
 def contents(folder):
@@ -76,13 +122,37 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+class Killed(BaseException):
+    """Ends a command in this process as a kill would, at a chosen place."""
+
+
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """The files of three seeds that ran without a break."""
+def shell(tmp_path_factory):
+    """Three seeds on two devices without a break, by a process: its output, and its files as `contents`."""
     out = tmp_path_factory.mktemp("unbroken")
-    done = subprocess.run(command(out, "--num-seeds", "3"), capture_output=True, text=True)
+    done = subprocess.run(command(out, *THREE), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return contents(group(out))
+    return SimpleNamespace(out=done.stdout, err=done.stderr, group=group(out), contents=contents(group(out)))
+
+
+@pytest.fixture(scope="module")
+def unbroken(shell):
+    """The files of three seeds that ran without a break."""
+    return shell.contents
+
+
+def assert_finished(out, unbroken):
+    """The files are those of the unbroken run, and nothing else is left."""
+    assert contents(group(out)) == unbroken
+    assert sorted(path.name for path in group(out).iterdir()) == ["curve.png", "seed_0", "seed_1", "seed_2"]
+    assert not [path for path in group(out).rglob(".*") if path.is_file()]
+
+
+# Files and output
 
 
 def test_layout(unbroken):
@@ -92,8 +162,23 @@ def test_layout(unbroken):
     assert (described["algorithm"], described["seed"]) == ("td3", 1)
     assert described["config"] | {"hidden_sizes": (8, 8)} == {**vars(CONFIG)}
     rows = list(csv.DictReader(unbroken["seed_1/metrics.csv"].decode().splitlines()))
-    assert [int(row["step"]) for row in rows] == [192, 256, 320, 384, 448, 512]
+    assert [int(row["step"]) for row in rows] == STEPS
     assert unbroken["curve.png"].startswith(b"\x89PNG")
+
+
+def test_plain_lines_when_piped(shell):
+    first, *epochs, summary, where = shell.out.splitlines()
+    assert first == "compiling"
+    assert len(epochs) == 12
+    for i, line in enumerate(epochs):
+        start = f"round {i // 6 + 1} of 2, epoch {i % 6 + 1} of 6  {STEPS[i % 6]} steps  return "
+        assert re.fullmatch(re.escape(start) + r"-\d+\.\d  [\d,.]+ steps/s  \d+ s left", line), line
+    finals = [record.read_metrics(shell.group / f"seed_{seed}")["eval_return_mean"][-1] for seed in range(3)]
+    assert summary.startswith(f"greedy return after 160 steps: {np.mean(finals):.1f} (interquartile mean of 3 seeds, ")
+    assert f"worst {min(finals):.1f}" in summary
+    assert where == f"results: {shell.group}"
+    assert "\x1b" not in shell.out
+    assert shell.err == ""
 
 
 def as_a_user():
@@ -106,22 +191,27 @@ def test_files_hold_what_train_returns(monkeypatch, tmp_path):
     alone = command(tmp_path, "--seed", "1", "--no-plot")
     done = subprocess.run(alone, env=as_a_user(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert not (group(tmp_path) / "curve.png").exists()
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     train = jax.jit(td3.train, compiler_options=devices.cpu_compiler_options() | FUSIONS)
     state, metrics = train(CONFIG, jax.random.key(1))
     folder = group(tmp_path) / "seed_1"
-    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    for name in ("step", "critic_loss", "actor_loss"):
-        np.testing.assert_array_equal([float(row[name]) for row in rows], np.asarray(getattr(metrics, name), float))
+    rows = record.read_metrics(folder)
+    for name in set(metrics._fields) - {"eval_returns"}:
+        np.testing.assert_array_equal(rows[name], np.asarray(getattr(metrics, name), float))
     returns = np.asarray(metrics.eval_returns, np.float64)
-    np.testing.assert_array_equal([float(row["eval_return_mean"]) for row in rows], returns.mean(axis=1))
-    np.testing.assert_array_equal([float(row["eval_return_std"]) for row in rows], returns.std(axis=1))
-    _, config, params = record.load_policy(folder)
+    np.testing.assert_array_equal(rows["eval_return_mean"], returns.mean(axis=1))
+    np.testing.assert_array_equal(rows["eval_return_std"], returns.std(axis=1))
+    mean, deviation = returns[-1].mean(), returns[-1].std()
+    said = f"greedy return after 160 steps: {mean:.1f} (mean over episodes, standard deviation {deviation:.1f})"
+    assert said in done.stdout.splitlines()
+    _, config, params = policy.load(folder)
     assert vars(config) == vars(CONFIG)
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.quick
 def test_flags_of_xla_are_left_alone(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     assert devices.cpu_compiler_options()["xla_backend_optimization_level"] == 2
@@ -129,19 +219,20 @@ def test_flags_of_xla_are_left_alone(monkeypatch):
     assert "xla_backend_optimization_level" not in devices.cpu_compiler_options()
 
 
-@pytest.mark.parametrize(("devices", "flags"), [("1", "--seed 2"), ("2", "--num-seeds 8")])
-def test_seed_is_bitwise_the_same_in_any_company(unbroken, tmp_path, devices, flags):
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": devices}
-    done = subprocess.run(command(tmp_path, *flags.split()), env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    ("number", "flags"), [(2, "--seed 2"), (2, "--seed 1 --num-seeds 5"), (1, "--seed 1 --num-seeds 2")]
+)
+def test_seed_is_bitwise_the_same_in_any_company(monkeypatch, unbroken, tmp_path, number, flags):
+    use_devices(monkeypatch, number)
+    assert execute(monkeypatch, tmp_path, *flags.split()) == 0
     for name, data in contents(group(tmp_path) / "seed_2").items():
         assert data == unbroken[f"seed_2/{name}"], name
 
 
 def test_wide_seed_is_bitwise_the_same_in_any_company(tmp_path):
     """Products that XLA shares among threads: threads, devices and compiler as a user has them."""
-    wide = ["--hidden-sizes", "256", "256", "--batch-size", "256", "--learning-starts", "256", "--total-steps", "320"]
-    wide += ["--no-plot", "--seed", "2"]
+    wide = ["--hidden-sizes", "256", "256", "--batch-size", "256", "--learning-starts", "256", "--total-steps", "264"]
+    wide += ["--steps-per-epoch", "4", "--buffer-size", "256", "--no-plot", "--seed", "2"]
     for name, *flags in (["alone"], ["together", "--num-seeds", "2"]):
         again = command(tmp_path, *wide, "--name", name, *flags)
         done = subprocess.run(again, env=as_a_user(), capture_output=True, text=True)
@@ -149,28 +240,21 @@ def test_wide_seed_is_bitwise_the_same_in_any_company(tmp_path):
     assert contents(group(tmp_path, "alone") / "seed_2") == contents(group(tmp_path, "together") / "seed_2")
 
 
-def test_plain_lines_when_piped(tmp_path):
-    done = subprocess.run(command(tmp_path, "--no-plot"), capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert lines[0] == "compiling"
-    assert lines[1] == "128 of 512 steps"
-    assert lines[2].startswith("192 of 512 steps  return -")
-    assert "steps/s" in lines[2]
-    assert lines[2].endswith("s left")
-    assert lines[-2].startswith("greedy return after 512 steps: -")
-    assert lines[-1] == f"results: {group(tmp_path)}"
-    assert "\x1b" not in done.stdout
-    assert done.stderr == ""
-    assert not (group(tmp_path) / "curve.png").exists()
-
-
 def test_same_command_again_gives_the_same_bytes(monkeypatch, capsys, tmp_path):
+    """Short commands write no checkpoint; where they do, the files are the same, and a complete run is left alone."""
+    saves, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: (saves.append(args[1]), save(*args)))
     assert execute(monkeypatch, tmp_path) == 0
+    assert run.SAVE_SECONDS / run.CHECKPOINT_SHARE == 20
+    assert saves == []
     first = contents(tmp_path)
+    monkeypatch.setattr(run, "CHECKPOINT_SHARE", 1e9)
     assert execute(monkeypatch, tmp_path) == 0
+    assert saves == [(0, 1, epochs) for epochs in range(1, 6)]
     assert contents(tmp_path) == first
+    capsys.readouterr()
     assert execute(monkeypatch, tmp_path, "--resume") == 0
-    assert "this run is complete" in capsys.readouterr().out
+    assert "this run is complete; nothing to resume" in capsys.readouterr().out
     assert contents(tmp_path) == first
     assert not list(group(tmp_path).glob("checkpoint_*"))  # which would pass for an unfinished run
 
@@ -178,6 +262,7 @@ def test_same_command_again_gives_the_same_bytes(monkeypatch, capsys, tmp_path):
 def test_different_run_is_not_overwritten(monkeypatch, capsys, tmp_path):
     assert execute(monkeypatch, tmp_path, "--no-plot") == 0
     first = contents(tmp_path)
+    capsys.readouterr()
     for flags in (["--gamma", "0.5"], ["--gamma", "0.5", "--resume"]):
         assert execute(monkeypatch, tmp_path, *flags) == 2
         line = capsys.readouterr().err
@@ -191,141 +276,117 @@ def test_different_run_is_not_overwritten(monkeypatch, capsys, tmp_path):
     assert execute(monkeypatch, tmp_path, "--name", "other", "--gamma", "0.5", "--no-plot") == 0
 
 
+def test_counts_of_steps_are_rounded_up(monkeypatch, tmp_path):
+    """16 environments fit no round number: 1,000 and 2,500 steps become 63 and 157 iterations."""
+    config = replace(CONFIG, num_envs=16, total_steps=2500, learning_starts=1000, steps_per_epoch=1000, buffer_size=999)
+    assert execute(monkeypatch, tmp_path, "--no-plot", config=config) == 0
+    assert record.read_metrics(group(tmp_path) / "seed_0")["step"].tolist() == [2 * 1008, 3 * 1008]
+
+
+# Interrupts, kills, resuming
+
+
 def test_interrupt_saves_and_resumes(monkeypatch, capsys, unbroken, tmp_path):
-    flags = ["--num-seeds", "3"]
-    process = subprocess.Popen(command(tmp_path, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Two devices hold two of three seeds; one device resumes the first of them and restarts the second."""
+    process = subprocess.Popen(command(tmp_path, *THREE), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "return" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume goes on from there" in out
+    assert re.search(r"interrupted and saved after \d+ steps; run the same command with --resume to continue", out)
     assert "Traceback" not in err
     broken = contents(group(tmp_path))
-    assert {name for name in broken if name.startswith("seed_0/")} == {
-        "seed_0/config.json",
-        "seed_0/metrics.csv",
-        "seed_0/policy.npz",
-    }
+    files = {f"seed_{seed}/{name}" for seed in range(2) for name in ("config.json", "metrics.csv", "policy.npz")}
+    assert {name for name in broken if name.startswith("seed_")} == files | {"seed_2/config.json"}
     # neither the same command without --resume nor another range of seeds may run over it
-    for others in (flags, ["--seed", "2"], ["--seed", "2", "--resume"]):
+    for others in (THREE, ["--seed", "2"], ["--seed", "2", "--resume"]):
         assert execute(monkeypatch, tmp_path, *others) == 2
-        assert "unfinished run; --seed 0 --num-seeds 3 --resume goes on" in capsys.readouterr().err
+        said = "holds an unfinished run; continue it with --seed 0 --num-seeds 3 --resume"
+        assert said in capsys.readouterr().err
     assert contents(group(tmp_path)) == broken
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}  # and on another number of devices
-    subprocess.run(command(tmp_path, *flags, "--resume"), check=True, capture_output=True, env=env)
-    assert contents(group(tmp_path)) == unbroken
-    assert sorted(path.name for path in group(tmp_path).iterdir()) == ["curve.png", "seed_0", "seed_1", "seed_2"]
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    again = subprocess.run(command(tmp_path, *THREE, "--resume"), capture_output=True, text=True, env=env)
+    assert again.returncode == 0, again.stderr
+    assert "round 3 of 3, epoch 6 of 6" in again.stdout
+    assert_finished(tmp_path, unbroken)
+
+
+def test_interrupt_before_the_first_epoch(monkeypatch, capsys, tmp_path, unbroken):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        assert execute(patch, tmp_path) == 130
+    assert "interrupted before the first epoch; run the same command with --resume" in capsys.readouterr().out
+    assert set(contents(group(tmp_path))) == {"seed_0/config.json"}
+    assert execute(monkeypatch, tmp_path, "--resume", "--no-plot") == 0
+    for name, data in contents(group(tmp_path) / "seed_0").items():
+        assert data == unbroken[f"seed_0/{name}"], name
+
+
+def test_interrupt_in_the_second_round(monkeypatch, capsys, unbroken, tmp_path):
+    with monkeypatch.context() as patch:
+        epochs = interrupt_after(patch, 8)
+        assert execute(patch, tmp_path, *THREE) == 130
+        assert "interrupted and saved after 96 steps" in capsys.readouterr().out
+        assert len(epochs) == 8
+        run.catch_interrupts().clear()
+        assert execute(patch, tmp_path, *THREE, "--resume") == 0
+        assert len(epochs) == 6 + 6
+    assert_finished(tmp_path, unbroken)
+
+
+def test_resume_between_two_rounds(monkeypatch, capsys, unbroken, tmp_path):
+    """Without a checkpoint, the runs that are complete are left alone, and the others are trained."""
+    assert execute(monkeypatch, tmp_path, *THREE) == 0
+    (group(tmp_path) / "seed_2" / "policy.npz").unlink()
+    before = {path: path.stat().st_mtime_ns for path in group(tmp_path).glob("seed_[01]/[mp]*")}
+    capsys.readouterr()
+    assert execute(monkeypatch, tmp_path, *THREE, "--resume") == 0
+    assert capsys.readouterr().out.count("return -") == 6
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert_finished(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_resume_with_another_number_of_devices(monkeypatch, unbroken, tmp_path, number):
+    """From two devices to one, killed there while the second run, restarted, is behind the checkpoint of both."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert execute(patch, tmp_path, *THREE) == 130
+    with monkeypatch.context() as patch:
+
+        def killed(folder, position, arrays):
+            assert position == (1, 2, 1)
+            raise Killed
+
+        use_devices(patch, 1)
+        interrupt_after(patch, 3 + 1)
+        patch.setattr(checkpoint, "save", killed)
+        with pytest.raises(Killed):
+            execute(patch, tmp_path, *THREE, "--resume")
+    assert [record.num_rows(group(tmp_path) / f"seed_{seed}") for seed in range(3)] == [6, 1, 0]
+    (folder,) = group(tmp_path).glob("checkpoint_*")
+    assert checkpoint.latest(folder) == (0, 2, 3)
+    use_devices(monkeypatch, number)
+    assert execute(monkeypatch, tmp_path, *THREE, "--resume") == 0
+    assert_finished(tmp_path, unbroken)
 
 
 def test_killed_while_it_removes_its_checkpoint(monkeypatch, unbroken, tmp_path):
     """Of the checkpoint, a file is gone: what is left must not be taken for one."""
-
-    class Killed(BaseException):
-        pass
 
     def killed(folder, **_):
         next(Path(folder).rglob("manifest.ocdbt")).unlink()
         raise Killed
 
     with monkeypatch.context() as patch:
+        patch.setattr(run, "CHECKPOINT_SHARE", 1e9)
         patch.setattr(checkpoint, "shutil", SimpleNamespace(rmtree=killed))
         with pytest.raises(Killed):
-            execute(patch, tmp_path, "--num-seeds", "3")
+            execute(patch, tmp_path, *THREE)
     assert len([path for path in group(tmp_path).iterdir() if "checkpoint" in path.name]) == 1
-    assert execute(monkeypatch, tmp_path, "--num-seeds", "3", "--resume") == 0
-    assert contents(group(tmp_path)) == unbroken
-    assert sorted(path.name for path in group(tmp_path).iterdir()) == ["curve.png", "seed_0", "seed_1", "seed_2"]
-
-
-def test_interrupt_before_the_first_epoch(monkeypatch, tmp_path, unbroken):
-    def interrupted():
-        asked = threading.Event()
-        asked.set()
-        return asked
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "catch_interrupts", interrupted)
-        assert execute(patch, tmp_path) == 130
-    assert execute(monkeypatch, tmp_path, "--resume", "--no-plot") == 0
-    for name, data in contents(group(tmp_path) / "seed_0").items():
-        assert data == unbroken[f"seed_0/{name}"], name
-
-
-def test_seeds_that_share_a_device_are_vmapped(tmp_path):
-    """As on a GPU: two seeds on a device, one and a filler on the other, equal single runs but for rounding."""
-    runs = [run.Run(CONFIG, seed, tmp_path) for seed in range(3)]
-    programs = run.compile_programs(CONFIG, td3.init, td3.epoch, len(runs), per_device=2)
-    slots = run.place(programs, runs)
-    assert [slot.places for slot in slots] == [[0, 1], [2]]
-    assert [slot.seeds.tolist() for slot in slots] == [[0, 1], [2, 2]]
-    states = run.start(programs, slots)
-    manager = checkpoint.open_folder(tmp_path / "checkpoint")
-    checkpoint.save(manager, 1, checkpoint.Position(0, 3, 128), programs, slots, states)
-    for seed, (slot, i) in enumerate([(0, 0), (0, 1), (1, 0)]):
-        alone = jax.tree.leaves(jax.jit(td3.init)(CONFIG, jax.random.key(seed)).params)
-        for ours, theirs in zip(jax.tree.leaves(states[slot].params), alone, strict=True):
-            np.testing.assert_allclose(ours[i], theirs, rtol=1e-6, atol=1e-7)
-    # a checkpoint of this layout goes on in the other one, a seed at a time on a device
-    single = run.compile_programs(CONFIG, td3.init, td3.epoch, len(runs))
-    single_slots = run.place(single, runs)
-    assert [slot.places for slot in single_slots] == [[0], [1], [2]]
-    position = checkpoint.latest(manager)
-    assert position == (0, 3, 128, 4)
-    restored = checkpoint.restore(manager, position, single, single_slots)
-    _, [(first, finite), _] = run.advance(programs, slots, states)
-    _, expected = run.advance(single, single_slots, restored)
-    assert finite.tolist() == [True, True]
-    for i in range(2):
-        np.testing.assert_allclose(first.critic_loss[i], expected[i][0].critic_loss[0], rtol=1e-3)
-    np.testing.assert_array_equal(first.step, [192] * 2)
-
-
-def test_runs_that_memory_cannot_hold_at_once_are_trained_in_rounds(monkeypatch, capsys, unbroken, tmp_path):
-    """Two of three seeds fit: a second round follows; an interrupt in it, and the files are those of one round."""
-    programs = run.compile_programs(CONFIG, td3.init, td3.epoch, 1)
-    state, extra = run.memory(programs)
-    buffers = jax.tree.leaves(jax.eval_shape(td3.init, CONFIG, jax.random.key(0)))
-    assert state >= sum(x.size * x.dtype.itemsize for x in buffers)
-    assert 0 < extra < 10 * state
-    advance, calls = run.advance, []
-
-    def interrupted():
-        event = threading.Event()
-        seen.append(event)
-        return event
-
-    def counted(*args):
-        calls.append(1)
-        if len(calls) == 8:  # of the first round's 6, and the second round's 6
-            seen[-1].set()
-        return advance(*args)
-
-    seen = []
-    with monkeypatch.context() as patch:
-        patch.setattr(devices, "memory", lambda: 1.5 * state + extra)
-        patch.setattr(run, "catch_interrupts", interrupted)
-        patch.setattr(run, "advance", counted)
-        assert execute(patch, tmp_path, "--num-seeds", "3") == 130
-        said = capsys.readouterr().out
-        assert "memory holds 2 of 3 runs at a time" in said
-        assert "interrupted and saved after 256 steps" in said
-        assert execute(patch, tmp_path, "--num-seeds", "3", "--resume") == 0
-        assert len(calls) == 8 + 4
-        patch.setattr(devices, "memory", lambda: 0.5 * state)
-        assert execute(patch, tmp_path, "--name", "other") == 2
-        assert "GiB" in capsys.readouterr().err
-    assert contents(group(tmp_path)) == unbroken
-
-
-def test_resume_between_two_rounds(monkeypatch, capsys, unbroken, tmp_path):
-    """Without a checkpoint, the runs that are complete are left alone, and the others are trained."""
-    assert execute(monkeypatch, tmp_path, "--num-seeds", "3") == 0
-    (group(tmp_path) / "seed_2" / "policy.npz").unlink()
-    capsys.readouterr()
-    assert execute(monkeypatch, tmp_path, "--num-seeds", "3", "--resume") == 0
-    assert "1,152 of 1,536 steps\n" in capsys.readouterr().out
-    assert contents(group(tmp_path)) == unbroken
+    assert execute(monkeypatch, tmp_path, *THREE, "--resume") == 0
+    assert_finished(tmp_path, unbroken)
 
 
 def check_whole(files):
@@ -341,90 +402,134 @@ def check_whole(files):
             assert data.rstrip().endswith(b"IEND\xaeB`\x82")
 
 
-def test_killed_at_random_moments(unbroken, tmp_path):
-    """Four kills, each of a run that resumes what the last one left; then the files of an unbroken run."""
+def test_killed_at_random_moments(monkeypatch, unbroken, tmp_path):
+    """Three kills, each of a run that resumes what the last one left; then the files of an unbroken run."""
     moments = random.Random(0)
-    started = time.monotonic()
-    subprocess.run(command(tmp_path / "timing", "--num-seeds", "3"), check=True, capture_output=True)
-    whole = time.monotonic() - started
-    kills = 0
-    while kills < 4:
-        resume = ["--resume"] if (group(tmp_path) / "seed_2" / "config.json").exists() else []
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command(tmp_path, "--num-seeds", "3", *resume), **quiet)
-        try:
-            # most of a run is the start of Python: aim at what comes after
-            process.wait(moments.uniform(0.5, 1.0) * whole)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-        else:
-            # it came to its end before its kill: aim earlier, at a run from the start
-            assert process.returncode == 0, process.stderr.read()
-            assert contents(group(tmp_path)) == unbroken
-            shutil.rmtree(group(tmp_path))
-            whole *= 0.8
+    codes = []
+    for i in range(3):
+        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        process = subprocess.Popen(command(tmp_path, *THREE, *["--resume"] * (i > 0)), **quiet)
+        for _ in range(1 + moments.randint(0, 3)):  # "compiling", and so many epochs
+            process.stdout.readline()
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        codes.append(process.returncode)
         check_whole({k: v for k, v in contents(group(tmp_path)).items() if "checkpoint" not in k})
-    subprocess.run(command(tmp_path, "--num-seeds", "3", "--resume"), check=True, capture_output=True)
-    assert contents(group(tmp_path)) == unbroken
-    assert not [path for path in group(tmp_path).rglob(".*") if path.is_file()]
-
-
-def poisoned_epoch(config, state):
-    """TD3's epoch, but at step 320 every seed whose key is even loses its actor."""
-    state, metrics = td3.epoch(config, state)
-    hit = (metrics.step == 320) & is_even(state.key)
-    actor = jax.tree.map(lambda x: jnp.where(hit, jnp.nan, x), state.params.actor)
-    return state._replace(params=state.params._replace(actor=actor)), metrics
-
-
-def is_even(key):
-    return jax.random.key_data(key)[0] % 2 == 0
-
-
-def test_diverged_seeds_are_named_and_the_others_finish(monkeypatch, capsys, tmp_path, unbroken):
-    config, seeds = CONFIG, [0, 1, 2, 3]
-    states = {seed: jax.jit(td3.init)(config, jax.random.key(seed)) for seed in seeds}
-    lost = []
-    for seed, state in states.items():
-        for _ in range(3):
-            state, metrics = jax.jit(td3.epoch)(config, state)
-        assert metrics.step == 320
-        if is_even(state.key):
-            lost.append(seed)
-    assert 0 < len(lost) < 4, "choose a rule that hits some of the seeds"
-    assert execute(monkeypatch, tmp_path, "--num-seeds", "4", epoch=poisoned_epoch) == 1
-    said = capsys.readouterr()
-    named = [line for line in said.err.splitlines() if "diverged" in line]
-    assert named == [f"seed {s} diverged: parameters are not finite after 320 steps" for s in lost]
-    healthy = next(seed for seed in seeds if seed not in lost)
-    rows = record.read_metrics(group(tmp_path) / f"seed_{healthy}")
-    assert rows["step"][-1] == 512
-    assert np.isfinite(list(rows.values())).all()
-    title = plot.curve(group(tmp_path)).axes[0].get_title()
-    assert f"{len(lost)} of 4 seeds diverged" in title
-    with pytest.raises(SystemExit):
-        record.load_policy(group(tmp_path) / f"seed_{lost[0]}")
-    assert "diverged" in capsys.readouterr().err
-
-
-def test_all_seeds_diverge(monkeypatch, capsys, tmp_path):
-    assert execute(monkeypatch, tmp_path, "--learning-rate", "1e38") == 1
-    assert "seed 0 diverged: parameters are not finite after 192 steps" in capsys.readouterr().err
-    assert (group(tmp_path) / "curve.png").exists()
+    assert set(codes) <= {0, -signal.SIGKILL}  # a slow test may meet the last process at its end
+    assert -signal.SIGKILL in codes
+    assert execute(monkeypatch, tmp_path, *THREE, "--resume") == 0
+    assert_finished(tmp_path, unbroken)
 
 
 def test_resume_lists_every_difference(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(cli, "check_shapes", lambda *_: None)
-    config = CONFIG
-    run.claim(group(tmp_path), SCRIPT, [run.Run(config, 0, group(tmp_path))], {}, cli.Options())
+    checks.check_folders(group(tmp_path), SCRIPT, [record.Run(CONFIG, 0, group(tmp_path))], {}, cli.Options())
     assert execute(monkeypatch, tmp_path, "--resume", "--gamma", "0.9", "--hidden-sizes", "4") == 2
     line = capsys.readouterr().err
     assert "config.gamma: 0.99 -> 0.9" in line
     assert "config.hidden_sizes: [8, 8] -> [4]" in line
 
 
+# Rounds and memory
+
+
+def test_runs_that_share_a_device_are_vmapped(tmp_path):
+    """As on a GPU: two runs on a device, one and a copy on the other, equal single runs but for rounding."""
+    pairs = compile_once(CONFIG, td3.init, td3.epoch, 3, runs_per_device=2)
+    batch = programs.place(pairs, [CONFIG] * 3, [0, 1, 2])
+    assert batch.run_indices == [[0, 1], [2]]
+    assert [seeds.tolist() for seeds in batch.seeds] == [[0, 1], [2, 2]]
+    states = programs.start(pairs, batch)
+    checkpoint.save(tmp_path / "checkpoint", checkpoint.Position(0, 3, 1), programs.to_arrays(pairs, states))
+    # a checkpoint of this layout continues in the other one, with a run at a time on a device
+    assert checkpoint.latest(tmp_path / "checkpoint") == (0, 3, 1)
+    single = compile_once(CONFIG, td3.init, td3.epoch, 3)
+    arrays = checkpoint.restore(tmp_path / "checkpoint", programs.num_arrays(single))
+    restored = programs.from_arrays(single, arrays, single.round_size)
+    single_batch = programs.place(single, [CONFIG] * 2, [0, 1])
+    assert single_batch.run_indices == [[0], [1]]
+    fresh = programs.by_run(single_batch, programs.start(single, single_batch))
+    saved, again = programs.by_run(batch, states), programs.by_run(single_batch, restored)
+    for i in range(2):
+        assert_same(saved[i], again[i])
+        assert_close(saved[i].params, fresh[i].params, rtol=1e-6, atol=1e-7)
+    _, outs = programs.advance(pairs, batch, states)
+    _, expected = programs.advance(single, single_batch, restored)
+    outs, expected = programs.by_run(batch, outs), programs.by_run(single_batch, expected)
+    assert sorted(outs) == [0, 1, 2]
+    for i in range(2):
+        (metrics, finite), (alone, _) = outs[i], expected[i]
+        assert finite
+        assert metrics.step == 80
+        np.testing.assert_allclose(metrics.critic_loss, alone.critic_loss, rtol=1e-3)
+
+
+def test_as_many_runs_on_a_device_as_its_memory_holds(monkeypatch, capsys, tmp_path):
+    """On a GPU all runs share its memory; where they do not fit, fewer are trained at once, and at least one must."""
+
+    def as_on_a_gpu(config, init, epoch, num_runs, runs_per_device=2):
+        return compile_once(config, init, epoch, num_runs, runs_per_device)
+
+    one, two = (programs.memory(compile_once(CONFIG, td3.init, td3.epoch, 4, size)) for size in (1, 2))
+    buffers = jax.tree.leaves(jax.eval_shape(td3.init, CONFIG, jax.random.key(0)))
+    assert sum(x.size * x.dtype.itemsize for x in buffers) <= one < two
+    monkeypatch.setattr(programs, "compile_programs", as_on_a_gpu)
+    for limit, size in ((two, 2), (two - 1, 1), (one, 1)):
+        fitted = programs.compile_to_fit(CONFIG, td3.init, td3.epoch, 4, limit)
+        assert (fitted.runs_per_device, fitted.round_size) == (size, 2 * size)
+    monkeypatch.setattr(devices, "memory", lambda: one - 1)
+    assert execute(monkeypatch, tmp_path) == 2
+    assert capsys.readouterr().err.startswith("error: a run needs 0.0 GiB of its device; 0.0 GiB are available")
+
+
+# Diverged seeds
+
+
+def is_even(key):
+    return jax.random.key_data(key)[0] % 2 == 0
+
+
+def poisoned_epoch(config, state):
+    """TD3's epoch, but at step 112 every seed whose key is even loses its actor."""
+    state, metrics = td3.epoch(config, state)
+    hit = (metrics.step == 112) & is_even(state.key_eval)
+    actor = jax.tree.map(lambda x: jnp.where(hit, jnp.nan, x), state.params.actor)
+    return state._replace(params=state.params._replace(actor=actor)), metrics
+
+
+def test_diverged_seeds_are_named_and_the_others_finish(monkeypatch, capsys, tmp_path):
+    init = compile_once(CONFIG, td3.init, td3.epoch, 1).init[0]
+    configs = programs.place(compile_once(CONFIG, td3.init, td3.epoch, 1), [CONFIG], [0]).configs[0]
+    keys = [init(configs, jnp.array([seed])).key_eval[0] for seed in range(4)]
+    lost = [seed for seed, key in enumerate(keys) if is_even(key)]
+    assert 0 < len(lost) < 4, "choose a rule that hits some of the seeds"
+    assert execute(monkeypatch, tmp_path, "--num-seeds", "4", epoch=poisoned_epoch) == 1
+    said = capsys.readouterr()
+    named = [line for line in said.err.splitlines() if "diverged" in line]
+    assert named == [f"seed {s} diverged: parameters are not finite after 112 steps" for s in lost]
+    healthy = next(seed for seed in range(4) if seed not in lost)
+    rows = record.read_metrics(group(tmp_path) / f"seed_{healthy}")
+    assert rows["step"].tolist() == STEPS
+    assert np.isfinite(list(rows.values())).all()
+    title = plot.curve(group(tmp_path)).axes[0].get_title()
+    assert f"{len(lost)} of 4 seeds diverged" in title
+    with pytest.raises(SystemExit):
+        policy.load(group(tmp_path) / f"seed_{lost[0]}")
+    assert "diverged" in capsys.readouterr().err
+
+
+def test_all_seeds_diverge(monkeypatch, capsys, tmp_path):
+    assert execute(monkeypatch, tmp_path, "--learning-rate", "1e38") == 1
+    said = capsys.readouterr()
+    assert said.err == "seed 0 diverged: parameters are not finite after 80 steps\n"
+    assert "greedy return" not in said.out
+    assert (group(tmp_path) / "curve.png").exists()
+
+
+# Curves
+
+
+@pytest.mark.quick
 def test_iqm_and_interval():
     values = np.array([8.0, 1, 7, 2, 6, 3, 5, 4])
     assert plot.iqm(values) == pytest.approx(4.5)  # the mean of 3, 4, 5, 6
@@ -432,17 +537,19 @@ def test_iqm_and_interval():
     low, high = plot.interval(np.stack([values, np.full(8, 2.0)], axis=1))
     assert low[1] == high[1] == 2
     assert 1 <= low[0] < 4.5 < high[0] <= 8
-    # the interval covers the centre of a normal sample about 95 times in 100
+    # the interval covers the center of a normal sample about 95 times in 100
     samples = np.random.default_rng(0).normal(size=(40, 300))
     low, high = plot.interval(samples)
     assert 0.89 <= np.mean((low < 0) & (high > 0)) <= 0.99
 
 
+@pytest.mark.quick
 def test_curve_has_labels_band_and_thin_lines(tmp_path):
+    folder = tmp_path / "td3" / "Env" / "run"
     for seed, final in enumerate([1.0, 2.0, 3.0, 4.0]):
         rows = [{"step": s, "eval_return_mean": final * s, "finite": 1} for s in (10, 20)]
-        record.write_rows(tmp_path / "td3" / "Env" / "run" / f"seed_{seed}" / "metrics.csv", rows)
-    axes = plot.curve(tmp_path / "td3" / "Env" / "run").axes[0]
+        record.write_rows(folder / f"seed_{seed}" / "metrics.csv", rows)
+    axes = plot.curve(folder).axes[0]
     assert axes.get_xlabel() == "environment steps"
     assert axes.get_ylabel() == "greedy return (sum of rewards per episode)"
     assert axes.get_title() == "td3 on Env"
@@ -452,116 +559,91 @@ def test_curve_has_labels_band_and_thin_lines(tmp_path):
     assert len(axes.collections) == 1
 
 
-FITTED = {
-    "num-base-points": 400,
-    "num-iterations": 4,
-    "iterations-per-epoch": 1,
-    "fit-steps": 5,
-    "num-eval-episodes": 2,
-}
+# Other algorithms on the command line
 
 
-def run_fitted(monkeypatch, out, *flags, module=fqi, sizes=FITTED):
-    monkeypatch.setattr(sys, "argv", ["fqi.py", *(f"--{k}={v}" for k, v in sizes.items()), "--out", str(out), *flags])
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(SystemExit) as end:
-        run.main(module.Config, module.init, module.epoch)
-    for number, handler in handlers:
-        signal.signal(number, handler)
-    return end.value.code
+def execute_other(monkeypatch, out, name, *flags, **changes):
+    """`execute` with another algorithm's small configuration."""
+    config = replace(CONFIGS[name], **changes)
+    return execute(monkeypatch, out, *flags, module=ALGORITHMS[name], config=config)
 
 
 def test_fitted_q_counts_iterations_and_resumes(monkeypatch, capsys, tmp_path):
     """An interrupt after one epoch, then the files of an unbroken run; the curve is drawn over iterations."""
-    assert run_fitted(monkeypatch, tmp_path / "unbroken") == 0
+    assert execute_other(monkeypatch, tmp_path / "unbroken", "fqi") == 0
     said = capsys.readouterr().out
-    assert "4 of 4 iterations  return -" in said
+    assert "epoch 2 of 2  4 iterations  return -" in said
+    assert "iterations/s" in said
     assert "greedy return after 4 iterations" in said
     with monkeypatch.context() as patch:
-
-        def interrupted():
-            event = threading.Event()
-            patch.setattr(run, "advance", lambda *args: (advance(*args), event.set())[0])
-            return event
-
-        advance = run.advance
-        patch.setattr(run, "catch_interrupts", interrupted)
-        assert run_fitted(monkeypatch, tmp_path) == 130
-    assert "after 1 iterations" in capsys.readouterr().out
-    assert run_fitted(monkeypatch, tmp_path, "--resume") == 0
+        interrupt_after(patch, 1)
+        assert execute_other(patch, tmp_path, "fqi") == 130
+    assert "saved after 2 iterations" in capsys.readouterr().out
+    assert execute_other(monkeypatch, tmp_path, "fqi", "--resume") == 0
     assert contents(tmp_path / "fqi") == contents(tmp_path / "unbroken" / "fqi")
-    (group,) = (tmp_path / "fqi" / "Pendulum-v1").iterdir()
-    _, progress, returns, _ = plot.read_group(group)
-    assert progress.tolist() == [1, 2, 3, 4]
-    assert returns.shape == (1, 4)
-    assert plot.curve(group).axes[0].get_xlabel() == "iterations"
-
-
-REINFORCE = {"total-steps": 128, "steps-per-epoch": 64, "num-envs": 4, "num-steps": 8, "batch-size": 16}
-SVG = {"num-iterations": 4, "iterations-per-epoch": 2, "num-rollouts": 4, "horizon": 5}
-LEARNED = SVG | {"model": "learned", "learning-starts": 80, "batch-size": 16, "buffer-size": 100}
+    _, progress, returns, _ = plot.read_group(group(tmp_path, algorithm="fqi"))
+    assert progress.tolist() == [2, 4]
+    assert returns.shape == (1, 2)
+    assert plot.curve(group(tmp_path, algorithm="fqi")).axes[0].get_xlabel() == "iterations"
 
 
 @pytest.mark.parametrize(
-    ("module", "sizes", "progress"),
-    [(reinforce, REINFORCE, [64, 128]), (svg, SVG, [2, 4]), (svg, LEARNED, [2, 4])],
-    ids=["reinforce", "svg-true", "svg-learned"],
+    ("name", "changes", "progress"),
+    [("reinforce", {}, [32, 64]), ("svg", {}, [2, 4]), ("svg", {"model": "true"}, [2, 4])],
+    ids=["reinforce", "svg-learned", "svg-true"],
 )
-def test_policy_gradients_run_on_the_command_line(monkeypatch, tmp_path, module, sizes, progress):
+def test_policy_gradients_run_on_the_command_line(monkeypatch, tmp_path, name, changes, progress):
     """Two seeds on two devices; the second is bitwise the run of that seed alone; the policy is read again."""
-    sizes = sizes | {"num-eval-episodes": 2}
-    assert run_fitted(monkeypatch, tmp_path, "--num-seeds", "2", "--no-plot", module=module, sizes=sizes) == 0
-    assert run_fitted(monkeypatch, tmp_path / "alone", "--seed", "1", module=module, sizes=sizes) == 0
-    (group,) = (tmp_path / Path(module.__file__).stem).glob("*/*")
-    (alone,) = (tmp_path / "alone" / Path(module.__file__).stem).glob("*/*")
-    assert contents(group / "seed_1") == contents(alone / "seed_1")
-    assert record.progress(record.read_metrics(group / "seed_1")).tolist() == progress
-    loaded, config, params = record.load_policy(group / "seed_1")
-    obs = jnp.zeros(params.actor[0][0][0].shape[0] if module is reinforce else 3)
-    assert np.isfinite(loaded.act(config, params, obs)).all()
+    assert execute_other(monkeypatch, tmp_path, name, "--num-seeds", "2", "--no-plot", **changes) == 0
+    assert execute_other(monkeypatch, tmp_path / "alone", name, "--seed", "1", "--no-plot", **changes) == 0
+    places = {"algorithm": name, "env": CONFIGS[name].env}
+    folder, alone = (group(out, **places) / "seed_1" for out in (tmp_path, tmp_path / "alone"))
+    assert contents(folder) == contents(alone)
+    assert record.progress(record.read_metrics(folder)).tolist() == progress
+    module, config, params = policy.load(folder)
+    assert np.isfinite(module.act(config, params, jnp.zeros(module.make_env(config.env).obs_dim))).all()
 
 
 def test_a_policy_without_a_solver_runs(monkeypatch, tmp_path):
     """The window of `exact_fraction` 0 is empty, and an array without rows could not be placed on devices."""
-    flags = ["--exact-fraction", "0", "--num-seeds", "2", "--no-plot"]
-    assert run_fitted(monkeypatch, tmp_path, *flags, module=fqi_amortized) == 0
+    flags = ["--num-seeds", "2", "--no-plot"]
+    assert execute_other(monkeypatch, tmp_path, "fqi_amortized", *flags, exact_fraction=0.0) == 0
 
 
 def test_base_points_are_written_once_and_shared(monkeypatch, capsys, tmp_path):
     """The first command writes the file, with the first seed's; all seeds of another algorithm's read it."""
     path = tmp_path / "points.npz"
-    assert run_fitted(monkeypatch, tmp_path, "--base-points", str(path), "--seed", "3") == 0
-    assert f"{path}: 400 base points of seed 3" in capsys.readouterr().out
-    expected = jax.jit(fqi.init)(fqi.Config(num_base_points=400), jax.random.key(3)).base_points
+    assert execute_other(monkeypatch, tmp_path, "fqi", "--base-points", str(path), "--seed", "3", "--no-plot") == 0
+    assert f"{path}: 80 base points of seed 3" in capsys.readouterr().out
+    expected = jax.jit(fqi.init)(CONFIGS["fqi"], jax.random.key(3)).base_points
     with np.load(path, allow_pickle=False) as file:
         for name, array in expected._asdict().items():
             np.testing.assert_array_equal(file[name], array)
     written = path.read_bytes()
-    flags = ["--base-points", str(path), "--num-seeds", "2", "--exploration-range", "0.5"]
-    assert run_fitted(monkeypatch, tmp_path, *flags, module=nfqca) == 0
+    flags = ["--base-points", str(path), "--num-seeds", "2", "--exploration-range", "0.5", "--rounds", "1", "--no-plot"]
+    assert execute_other(monkeypatch, tmp_path, "nfqca", *flags) == 0
     assert path.read_bytes() == written
-    described = record.read_config(tmp_path / "nfqca" / "Pendulum-v1" / "default" / "seed_0")
+    described = record.read_config(group(tmp_path, algorithm="nfqca") / "seed_0")
     np.savez(path, **(expected._asdict() | {"reward": expected.reward + 1}))
-    assert run_fitted(monkeypatch, tmp_path, *flags, module=nfqca) == 2
+    capsys.readouterr()
+    assert execute_other(monkeypatch, tmp_path, "nfqca", *flags) == 2
     assert described["base_points_sha256"] in capsys.readouterr().err
 
 
-def test_an_exact_maximiser_that_takes_too_long_is_named(monkeypatch, capfd, tmp_path):
-    monkeypatch.setitem(fqi.MAXIMIZERS, "milp", milp.maximize)
-    monkeypatch.setattr(milp, "TIME_LIMIT", 1e-6)
-    flags = ["--num-base-points", "100", "--maximizer", "milp", "--num-iterations", "1"]
-    assert run_fitted(monkeypatch, tmp_path, *flags) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert lines[-1].startswith("error: --maximizer milp: no proven maximum within time_limit=1e-06 s")
+SMALL_MILP = {"maximizer": "milp", "hidden_sizes": (4,), "num_iterations": 1, "num_eval_episodes": 1}
 
 
-def test_an_exact_maximiser_trains_and_plays(monkeypatch, capsys, tmp_path):
-    """The command line brings `milp` along, and so does the reader of saved policies."""
+def test_an_exact_maximizer_trains_and_plays(monkeypatch, capfd, tmp_path):
+    """The command line brings `milp` along, and so does the reader of saved policies; out of time, it is named."""
     monkeypatch.setitem(fqi.MAXIMIZERS, "milp", milp.maximize)
-    small = "--num-base-points 100 --hidden-sizes 4 --maximizer milp --num-eval-episodes 1 --num-iterations 1"
-    assert run_fitted(monkeypatch, tmp_path, *small.split(), "--no-plot") == 0
-    module, config, params = record.load_policy(tmp_path / "fqi" / "Pendulum-v1" / "default" / "seed_0")
-    obs = jax.numpy.array([0.6, 0.8, 1.0])
+    assert execute_other(monkeypatch, tmp_path, "fqi", "--no-plot", **SMALL_MILP) == 0
+    module, config, params = policy.load(group(tmp_path, algorithm="fqi") / "seed_0")
+    obs = jnp.array([0.6, 0.8, 1.0])
     torque = module.act(config, params, obs)
     layers = [tuple(np.asarray(x) for x in layer) for layer in params.critic]
     np.testing.assert_allclose(torque, 2 * milp.relu_network(layers, np.asarray(obs)).action, rtol=1e-5)
+    monkeypatch.setattr(milp, "TIME_LIMIT", 1e-6)
+    capfd.readouterr()
+    assert execute_other(monkeypatch, tmp_path, "fqi", "--name", "late", "--no-plot", **SMALL_MILP) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert lines[-1].startswith("error: --maximizer milp: no proven maximum within time_limit=1e-06 s")

@@ -68,9 +68,7 @@ def test_density_is_exact_where_the_action_meets_its_bound():
     log_det = np.log(4) - 2 * np.abs(u) - 2 * np.log1p(np.exp(-2 * np.abs(u)))
     np.testing.assert_allclose(log_prob, scipy.stats.norm(0.5, 1).logpdf(u) - log_det, rtol=1e-5)
     # with the noise given, the normal part does not move with the mean; the rest by 2 tanh(u)
-    gradient = jax.vmap(lambda e: jax.grad(lambda p: sac.sample_action(p, jnp.zeros(1), e)[1])(policy)[0][1][0])(
-        noise
-    )
+    gradient = jax.vmap(lambda e: jax.grad(lambda p: sac.sample_action(p, jnp.zeros(1), e)[1])(policy)[0][1][0])(noise)
     np.testing.assert_allclose(gradient, 2 * np.tanh(u), rtol=1e-5, atol=1e-6)
 
 

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_readme import load_script
+from experiments import closed_form, distributions, estimators
 
-from common import lqr
+from amortax.common import lqr
 
-closed_form, distributions, estimators = map(load_script, ("closed_form", "distributions", "estimators"))
 PUBLISHED = {  # mean, bias, variance, mean squared error
     "naive": (1.999266, -2.000734, 0.005756, 4.008693),
     "score_function": (3.995299, -0.004701, 0.058130, 0.058152),
@@ -24,7 +23,7 @@ def test_estimators_give_the_published_table_and_leave_the_generator_as_it_was()
     rows = [row | {"x": float(row["x"])} for row in estimators.measure((1000, 1000))]
     assert jax.config.jax_threefry_partitionable == before
     for name, expected in PUBLISHED.items():
-        found = [estimators.figures(rows, name, what)[1, 0] for what in estimators.STATISTICS]
+        found = [estimators.statistic(rows, name, what)[1, 0] for what in estimators.STATISTICS]
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -32,9 +31,9 @@ def test_estimators_give_the_published_table_and_leave_the_generator_as_it_was()
 def test_the_best_gain_is_as_good_as_the_closed_form(env):
     K = jnp.asarray(lqr.solve(gymnax.make(env)[1], closed_form.GAMMA).K)
     module, config = SimpleNamespace(act=lambda config, gain, s: -gain @ s), SimpleNamespace(env=env)
-    behaviour = lambda config, params, K: closed_form.behave(module, config, params, K)
-    np.testing.assert_allclose(closed_form.compare(behaviour, config, K, 0.0)[:2], (1, 0), atol=1e-6)
-    cost_ratio, error, variance_ratio = closed_form.compare(behaviour, config, 0.5 * K, 0.0)
+    evaluated = lambda config, params, K: closed_form.evaluate(module, config, params, K)
+    np.testing.assert_allclose(closed_form.compare(evaluated, config, K, 0.0)[:2], (1, 0), atol=1e-6)
+    cost_ratio, error, variance_ratio = closed_form.compare(evaluated, config, 0.5 * K, 0.0)
     assert cost_ratio > 1.01
     assert error == pytest.approx(0.5)
     assert variance_ratio == ""

@@ -5,19 +5,16 @@ import os
 import struct
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_cli import fails
-from test_run import FLAGS, SCRIPT, command, contents, execute, group
+from test_run import SCRIPT, STEPS, command, contents, execute, group, interrupt_after
 from wandb.proto.wandb_internal_pb2 import Record
 
-from algorithms import td3
-from common import checkpoint, cli, record, run, track
+from amortax.common import checkpoint, record, run, track
 
 BOTH = ["--track", "tensorboard", "wandb"]
 
@@ -95,7 +92,7 @@ def test_tensorboard_holds_the_metrics(tracked):
     for seed in range(2):
         folder = record.seed_folder(tracked, seed)
         shown = events(folder)
-        assert list(shown["critic_loss"]) == [192, 256, 320, 384, 448, 512]
+        assert list(shown["critic_loss"]) == STEPS
         assert shown == expected(folder, np.float32)
         text = EventAccumulator(str(folder / "tensorboard")).Reload().Tensors("config/text_summary")
         (described,) = text[0].tensor_proto.string_val
@@ -107,7 +104,7 @@ def test_wandb_holds_the_metrics(tracked):
     for seed in range(2):
         folder = record.seed_folder(tracked, seed)
         ((described, values),) = histories(folder)
-        assert list(values["critic_loss"]) == [192, 256, 320, 384, 448, 512]
+        assert list(values["critic_loss"]) == STEPS
         assert values == expected(folder, float)
         assert (described.project, described.run_group) == ("amortax", "td3/Pendulum-v1/default")
         assert described.display_name == f"td3/Pendulum-v1/default/seed_{seed}"
@@ -133,8 +130,8 @@ def test_without_the_flag_the_files_are_the_same_and_nothing_is_imported(tracked
 @pytest.mark.parametrize(("kind", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb.sdk")])
 def test_missing_package(monkeypatch, capsys, tmp_path, kind, module):
     monkeypatch.setitem(sys.modules, module, None)
-    line = fails(monkeypatch, capsys, tmp_path / "out", "--track", kind)
-    assert line == f'error: --track {kind}: needs the package: pip install -e ".[{kind}]"\n'
+    assert execute(monkeypatch, tmp_path / "out", "--track", kind) == 2
+    assert capsys.readouterr().err == f'error: --track {kind}: needs the package: pip install -e ".[{kind}]"\n'
     assert not (tmp_path / "out").exists()
 
 
@@ -153,34 +150,29 @@ def test_broken_twice_each_step_is_there_once(monkeypatch, tracked, tmp_path):
     """Interrupted untracked; then tracked, and lost after its rows were sent but not saved; then to the end."""
     monkeypatch.setattr(run, "CHECKPOINT_SHARE", 1e9)
     with monkeypatch.context() as patch:
-        asked = threading.Event()
-        advance = run.advance
-        patch.setattr(run, "catch_interrupts", lambda: asked)
-        patch.setattr(run, "advance", lambda *args: (advance(*args), asked.set())[0])
+        interrupt_after(patch, 1)
         assert execute(patch, tmp_path) == 130
     folder = record.seed_folder(group(tmp_path), 0)
-    assert len(record.read_metrics(folder)["step"]) == 1
+    assert record.num_rows(folder) == 1
     with monkeypatch.context() as patch:
 
-        def lost(manager, step, *args):
-            if step == 320:
+        def lost(folder, position, arrays):
+            if position.epochs == 3:
                 raise ConnectionError("lost")
-            save(manager, step, *args)
+            save(folder, position, arrays)
 
         save = checkpoint.save
         patch.setattr(checkpoint, "save", lost)
-        patch.setattr(run, "catch_interrupts", threading.Event)
-        patch.setattr(sys, "argv", ["td3.py", *FLAGS, "--out", str(tmp_path), "--resume", *BOTH])
         with pytest.raises(ConnectionError):
-            run.main(td3.Config, td3.init, td3.epoch)
+            execute(patch, tmp_path, "--resume", *BOTH)
     assert events(folder) == expected(folder, np.float32)  # closed, though an error passed
-    assert list(events(folder)["step"]) == [192, 256, 320]
+    assert list(events(folder)["step"]) == STEPS[:3]
     time.sleep(1)  # wandb names its folders by the second
     assert execute(monkeypatch, tmp_path, "--resume", *BOTH) == 0
     assert events(folder) == expected(folder, np.float32)
     (first, before), (second, after) = histories(folder)
     assert first.run_id == second.run_id
-    assert [list(before["step"]), list(after["step"])] == [[192, 256, 320], [384, 448, 512]]
+    assert [list(before["step"]), list(after["step"])] == [STEPS[:3], STEPS[3:]]
     assert {name: before[name] | after[name] for name in before} == expected(folder, float)
     for name in ("metrics.csv", "policy.npz", "config.json"):
         assert (folder / name).read_bytes() == (tracked / "seed_0" / name).read_bytes()
@@ -217,7 +209,7 @@ def test_curves_over_iterations(tmp_path):
     rows = [{"step": "400", "iteration": str(float(i)), "critic_loss": str(1 / i), "finite": "1"} for i in (1, 2, 3)]
     folder = tmp_path / "fqi" / "Env" / "default" / "seed_0"
     record.write_config(folder, {"seed": 0})
-    with track.tracking(cli.Options(track=("tensorboard", "wandb", "wandb"))) as log:
+    with track.tracking(("tensorboard", "wandb", "wandb"), False) as log:
         for num in (1, 3):
             record.write_rows(folder / "metrics.csv", rows[:num])
             log(folder, rows[:num])
