@@ -60,6 +60,7 @@ def my_idea(tmp_path_factory):
 # The page
 
 
+@pytest.mark.quick
 def test_the_page_shows_the_diff_whole_and_names_what_exists(my_idea):
     assert "--- a/my_idea.py\n+++ b/my_idea.py\n" + "".join(blocks("diff")) == DIFF.read_text()
     changed = [line for line in DIFF.read_text().splitlines()[2:] if line[0] in "+-"]
@@ -83,11 +84,13 @@ def test_the_commands_run_in_a_folder_of_their_own(tmp_path):
     assert (tmp_path / "results/runs/my_idea/Pendulum-v1/default/seed_0/policy.npz").exists()
 
 
+@pytest.mark.quick
 def test_zero_steps_get_one_line(my_idea, monkeypatch, capsys, tmp_path):
     said = fails(monkeypatch, capsys, tmp_path, "--n-step", "0", module=my_idea)
     assert said == "error: --n-step 0: must be from 1 to 2147483647\n"
 
 
+@pytest.mark.quick
 def test_the_changed_file_is_as_tidy_as_the_others(my_idea):
     settings = ("--config", str(ROOT / "pyproject.toml"), "my_idea.py")
     for command in (("check",), ("format", "--check")):
@@ -190,5 +193,5 @@ def test_the_walk_catches_mixed(my_idea, tmp_path, old, new):
 def test_three_steps_are_read_from_the_buffer_without_a_copy_of_it(my_idea):
     config = my_idea.Config(**SIZES)
     state = jax.eval_shape(lambda key: my_idea.init(config, key), seed_key())
-    compiled = jit(lambda state: my_idea.iteration(config, state), donate_argnums=0).lower(state).compile()
+    compiled = jit(lambda state: my_idea.iteration(config, state, 0), donate_argnums=0).lower(state).compile()
     assert_touches_batches_only(compiled, depth=0, num_seeds=1)

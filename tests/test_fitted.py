@@ -592,7 +592,7 @@ def test_amortized_policies_come_close_to_the_best_linear_quadratic_cost(name):
 # Pendulum
 
 
-# One seed: -134 to -182 in each file, below -600 if the policy descends, the mask is inverted or a sign is wrong.
+# This seed gives about -133, and -1,334 in FQI with a solver that cannot cross the box (2 starts, 6 steps).
 @every_file
 def test_learns_pendulum(name):
     counts = {"num_iterations": 20, "iterations_per_epoch": 20, "fit_steps": 300}
@@ -624,12 +624,12 @@ gymnax.register("Hexapod-test", functools.partial(Hexapod, 5, True))
         ("fqi", "maximizer=milp: must be ", {"maximizer": "milp"}),
         (
             "fqi",
-            "num_candidates=1000: .* 1000000 points",
+            "num_candidates=1000: must be less: a grid of 1000000 is",
             {"maximizer": "grid", "num_candidates": 1000, "env": "LQR4-v0"},
         ),
         (
             "fqi",
-            "num_candidates=8: .* 262144 points",
+            "num_candidates=8: must be less: a grid of 262144 is",
             {"maximizer": "grid", "num_candidates": 8, "env": "Hexapod-test"},
         ),
         ("nfqca", "rounds=2: must be 1 with base points", {"base_points": "points.npz"}),
