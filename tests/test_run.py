@@ -122,10 +122,6 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def read_csv(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
-
-
 class Killed(BaseException):
     """Ends a command in this process as a kill would, at a chosen place."""
 
