@@ -1,8 +1,6 @@
 """Distributions against SciPy, TFP and finite differences; estimators against closed forms and the published table."""
 
 import csv
-import shutil
-import subprocess
 import sys
 
 import jax
@@ -15,8 +13,8 @@ import scipy.stats
 from jax import random
 from tensorflow_probability.substrates import jax as tfp
 
-from algorithms import gradient_estimators as ge
-from common import demo
+from amortax.algorithms import gradient_estimators as ge
+from amortax.common import demo
 
 N = 20_000
 COVARIANCE = np.array([[2.0, 0.6, -0.3], [0.6, 1.0, 0.4], [-0.3, 0.4, 0.5]])
@@ -50,6 +48,7 @@ ONE_DIMENSION = {  # distribution, parameters, and the same in SciPy
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ONE_DIMENSION)
 def test_samples_follow_the_cdf_and_densities_equal_scipy(name):
     distribution, params, reference = ONE_DIMENSION[name]
@@ -61,6 +60,7 @@ def test_samples_follow_the_cdf_and_densities_equal_scipy(name):
     np.testing.assert_allclose(log_prob, reference.logpdf(x), rtol=2e-5, atol=1e-5 + 2e-6 * far**2)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("params", [(2.0, 3.0), (0.5, 0.5), (1.0, 1.0), (5.0, 0.3), (0.1, 8.0)])
 def test_kumaraswamy(params):
     a, b = params
@@ -76,6 +76,7 @@ def test_kumaraswamy(params):
     np.testing.assert_allclose(ours, mass, rtol=1e-5)
 
 
+@pytest.mark.quick
 def test_multivariate_gaussian():
     params = jnp.asarray(MEAN), jnp.linalg.cholesky(jnp.asarray(COVARIANCE))
     reference = scipy.stats.multivariate_normal(MEAN, COVARIANCE)
@@ -90,6 +91,7 @@ def test_multivariate_gaussian():
     np.testing.assert_allclose(ge.MULTIVARIATE_GAUSSIAN.log_prob(params, x[7]), log_prob[7], rtol=1e-5)
 
 
+@pytest.mark.quick
 def test_gumbel_max_is_categorical():
     x = ge.GUMBEL_MAX.sample(jnp.asarray(LOGITS), ge.GUMBEL_MAX.noise(random.key(0), (N, 4)))
     probabilities = scipy.special.softmax(LOGITS)
@@ -101,6 +103,7 @@ def test_gumbel_max_is_categorical():
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 def test_gumbel_softmax(temperature):
     params = jnp.asarray(LOGITS), temperature
@@ -217,6 +220,7 @@ def closed_form_variances(theta, n):
     return np.array([variance(x**2), variance(x**2 * theta * (x - theta) + x**2), variance(x**2 + 2 * theta * x)]) / n
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("theta", [1.0, -0.5])
 def test_bias_and_variance_are_those_of_the_closed_form(theta):
     config = ge.Config(theta=theta, batch_size=100, num_trials=2000)
@@ -230,6 +234,7 @@ def test_bias_and_variance_are_those_of_the_closed_form(theta):
         np.testing.assert_allclose(statistics.mse, np.mean((np.asarray(values) - 1 - 3 * theta**2) ** 2), rtol=1e-4)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("function", ge.FUNCTIONS)
 def test_true_derivatives_equal_quadrature(function):
     f, derivative = ge.FUNCTIONS[function]
@@ -282,23 +287,6 @@ def test_vmaps_over_theta():
 
 
 # The demonstration
-
-
-def test_the_file_alone_estimates_in_an_empty_folder(tmp_path):
-    shutil.copy(ge.__file__, tmp_path)
-    program = """
-import sys
-sys.modules["algorithms"] = sys.modules["common"] = None  # an import of either fails, installed or not
-sys.path.insert(0, ".")
-import jax, gradient_estimators as ge
-estimates = jax.jit(ge.train)(ge.Config(num_trials=10), jax.random.key(0))
-assert [x.shape for x in estimates] == [(10,)] * 3
-print(ge.__file__)
-"""
-    command = [sys.executable, "-I", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / "gradient_estimators.py")
 
 
 def demonstrate(monkeypatch, capsys, *flags):
