@@ -390,9 +390,11 @@ def test_a_mistake_names_its_field(field, changes):
 
 
 def pendulum_return(**changes):
-    """With the gradient's sign reversed, or no derivative through the dynamics, it stays below -600."""
-    config = svg.Config(**{"num_rollouts": 32, "num_iterations": 300, "iterations_per_epoch": 300, **changes})
-    return float(jax.jit(svg.train)(config, random.key(0))[1].eval_returns[-1].mean())
+    """Median of three seeds: with the gradient reversed, or none through the dynamics, every seed stays below -600."""
+    sizes = {"num_rollouts": 32, "num_iterations": 300, "iterations_per_epoch": 300, "num_eval_episodes": 32}
+    config = svg.Config(**sizes, **changes)
+    returns = jax.jit(lambda keys: jax.lax.map(lambda key: svg.train(config, key)[1].eval_returns.mean(), keys))
+    return np.median(returns(jax.vmap(random.key)(np.arange(3))))
 
 
 def test_swings_the_pendulum_up():
