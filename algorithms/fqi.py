@@ -496,7 +496,8 @@ def init(config, key):
     num_steps = math.ceil(config.num_base_points / config.num_envs)
     points = load(config) if config.base_points else collect(config, None, random_policy, num_steps, key_base_points)
     params, losses = Params(critic_init(config, key_critic)), tuple(jnp.zeros(2))
-    return State(params, points, jnp.int32(len(points.reward)), jnp.int32(0), jnp.array(jnp.inf), losses, key, key_eval)
+    step, delta = jnp.int32(len(points.reward)), jnp.array(jnp.inf, float)
+    return State(params, points, step, jnp.int32(0), delta, losses, key, key_eval)
 
 
 def epoch(config, state):

@@ -559,7 +559,7 @@ def init(config, key):
     slots, n = config.window + 1, max(1, num_exact(config, len(points.reward)))  # an array without rows cannot be saved
     window = Window(jnp.zeros((slots, n, points.action.shape[1])), jnp.zeros(slots, int))
     step, losses = jnp.int32(len(points.reward)), tuple(jnp.zeros(3))
-    return State(params, points, window, step, jnp.int32(0), jnp.array(jnp.inf), losses, key, key_eval)
+    return State(params, points, window, step, jnp.int32(0), jnp.array(jnp.inf, float), losses, key, key_eval)
 
 
 def epoch(config, state):

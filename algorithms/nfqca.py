@@ -340,7 +340,7 @@ def add_round(config, state):
     new = collect(config, state.params, explore, num_steps, key_collect)
     insert = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, state.step, axis=0)
     base_points, step = jax.tree.map(insert, state.base_points, new), state.step + len(new.reward)
-    return state._replace(base_points=base_points, step=step, delta=jnp.array(jnp.inf), key=key)
+    return state._replace(base_points=base_points, step=step, delta=jnp.array(jnp.inf, float), key=key)
 
 
 # Training
@@ -414,7 +414,8 @@ def init(config, key):
     points = jax.tree.map(lambda x: jnp.concatenate([x] * config.rounds), first)
     actor_params = mlp_init(key_actor, (env.obs_dim, *config.hidden_sizes, env.action_dim))
     params, losses = Params(actor_params, critic_init(config, key_critic)), tuple(jnp.zeros(3))
-    return State(params, points, jnp.int32(len(first.reward)), jnp.int32(0), jnp.array(jnp.inf), losses, key, key_eval)
+    step, delta = jnp.int32(len(first.reward)), jnp.array(jnp.inf, float)
+    return State(params, points, step, jnp.int32(0), delta, losses, key, key_eval)
 
 
 def epoch(config, state):

@@ -368,6 +368,8 @@ def init(config, key):
     env = make_env(config.env)
     key, key_eval, key_actor, key_critic, key_env = random.split(key, 5)
     env_state, obs = jax.vmap(env.reset)(random.split(key_env, config.num_envs))
+    # gymnax's Python numbers are weakly typed, which would compile `epoch` twice
+    env_state = jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), env_state)
     network = mlp_init(key_actor, (env.obs_dim, *config.hidden_sizes, env.action_dim))
     actor_params = Actor(network, jnp.full(env.action_dim, jnp.log(config.initial_std), float))
     critic_params = mlp_init(key_critic, (env.obs_dim, *config.hidden_sizes, 1))

@@ -521,7 +521,8 @@ def init(config, key):
     points = load(config) if config.base_points else collect(config, None, random_policy, num_steps, key_base_points)
     actor_params = mlp_init(key_actor, (env.obs_dim, *config.hidden_sizes, 2 * env.action_dim))
     params, losses = Params(actor_params, critic_init(config, key_critic)), tuple(jnp.zeros(3))
-    return State(params, points, jnp.int32(len(points.reward)), jnp.int32(0), jnp.array(jnp.inf), losses, key, key_eval)
+    step, delta = jnp.int32(len(points.reward)), jnp.array(jnp.inf, float)
+    return State(params, points, step, jnp.int32(0), delta, losses, key, key_eval)
 
 
 def epoch(config, state):
