@@ -32,7 +32,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import gymnax
 import jax
@@ -62,6 +62,7 @@ class Config:
     buffer_size: int = jax.tree.static(default=100_000)  # transitions in the replay buffer
     batch_size: int = jax.tree.static(default=256)  # transitions per update
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     target_period: int = jax.tree.static(default=40)  # updates per update of the targets
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for actor and critics
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
@@ -132,22 +133,23 @@ def mlp_init(key, sizes):
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
 
-def mlp(params, x):
-    """Multilayer perceptron with ReLU: `[..., n]` to `[..., m]`."""
+def mlp(config, params, x):
+    """Multilayer perceptron: `[..., n]` to `[..., m]`."""
+    activation = getattr(jax.nn, config.activation)
     for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
+        x = activation(x @ w + b)
     w, b = params[-1]
     return x @ w + b
 
 
-def actor(params, obs):
+def actor(config, params, obs):
     """Deterministic policy: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return jnp.tanh(mlp(params, obs))
+    return jnp.tanh(mlp(config, params, obs))
 
 
-def critic(params, obs, action):
+def critic(config, params, obs, action):
     """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
-    return mlp(params, jnp.concatenate([obs, action], axis=-1))[..., 0]
+    return mlp(config, params, jnp.concatenate([obs, action], axis=-1))[..., 0]
 
 
 # Learning
@@ -155,20 +157,20 @@ def critic(params, obs, action):
 
 def td_target(config, params, batch):
     """Value `[batch]` of the target actor's next action."""
-    next_action = actor(params.target_actor, batch.next_obs)
-    next_q = critic(params.target_critic, batch.next_obs, next_action)
+    next_action = actor(config, params.target_actor, batch.next_obs)
+    next_q = critic(config, params.target_critic, batch.next_obs, next_action)
     return batch.reward + config.gamma * jnp.where(batch.terminated, 0, next_q)
 
 
-def critic_loss(critic_params, batch, target):
+def critic_loss(critic_params, config, batch, target):
     """Mean squared error to `target [batch]`, and mean value: `(loss, q_value)`."""
-    q = critic(critic_params, batch.obs, batch.action)
+    q = critic(config, critic_params, batch.obs, batch.action)
     return jnp.square(q - target).mean(), q.mean()
 
 
-def actor_loss(actor_params, critic_params, batch):
+def actor_loss(actor_params, critic_params, config, batch):
     """Minus the mean value of the actor's actions (deterministic policy gradient)."""
-    return -critic(critic_params, batch.obs, actor(actor_params, batch.obs)).mean()
+    return -critic(config, critic_params, batch.obs, actor(config, actor_params, batch.obs)).mean()
 
 
 def optimizer(config):
@@ -185,9 +187,9 @@ def apply_grads(config, grads, params, opt_state):
 def update(config, params, opt_state, batch, count):
     """One update, the `count`-th, from a batch: `(params, opt_state, losses)`."""
     target = td_target(config, params, batch)
-    critic_losses, grads = jax.value_and_grad(critic_loss, has_aux=True)(params.critic, batch, target)
+    critic_losses, grads = jax.value_and_grad(critic_loss, has_aux=True)(params.critic, config, batch, target)
     critic_params, critic_opt_state = apply_grads(config, grads, params.critic, opt_state.critic)
-    loss, grads = jax.value_and_grad(actor_loss)(params.actor, critic_params, batch)
+    loss, grads = jax.value_and_grad(actor_loss)(params.actor, critic_params, config, batch)
     actor_params, actor_opt_state = apply_grads(config, grads, params.actor, opt_state.actor)
     old = params.target_actor, params.target_critic
     new = optax.incremental_update((actor_params, critic_params), old, config.tau)
@@ -201,7 +203,7 @@ def update(config, params, opt_state, batch, count):
 
 def greedy(config, params, obs):
     """The policy without noise: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return actor(params.actor, obs)
+    return actor(config, params.actor, obs)
 
 
 def ornstein_uhlenbeck(config, noise, key):

@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import distrax
 import gymnax
@@ -54,6 +54,7 @@ class Config:
     critic_steps: int = jax.tree.static(default=8)  # updates of the baseline per update of the policy
     batch_size: int = jax.tree.static(default=256)  # transitions per update of the baseline
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     actor_learning_rate: Annotated[float, "> 0"] = 3e-3  # Adam's step size for the policy
     critic_learning_rate: Annotated[float, "> 0"] = 3e-3  # Adam's step size for the baseline
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
@@ -126,25 +127,26 @@ def mlp_init(key, sizes):
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
 
-def mlp(params, x):
-    """Multilayer perceptron with ReLU: `[..., n]` to `[..., m]`."""
+def mlp(config, params, x):
+    """Multilayer perceptron: `[..., n]` to `[..., m]`."""
+    activation = getattr(jax.nn, config.activation)
     for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
+        x = activation(x @ w + b)
     w, b = params[-1]
     return x @ w + b
 
 
 def policy(config, params, obs):
     """Distribution over one-hot vectors or unclipped actions `[..., action_dim]`, for `obs [..., obs_dim]`."""
-    x = mlp(params.network, obs)
+    x = mlp(config, params.network, obs)
     if make_env(config.env).discrete:
         return distrax.OneHotCategorical(x)
     return distrax.MultivariateNormalDiag(x, jnp.broadcast_to(jnp.exp(params.log_std), x.shape))
 
 
-def critic(params, obs):
+def critic(config, params, obs):
     """Baseline: `obs [..., obs_dim]` to the value of the policy `[...]`."""
-    return mlp(params, obs)[..., 0]
+    return mlp(config, params, obs)[..., 0]
 
 
 # Learning
@@ -166,9 +168,9 @@ def advantages(config, transitions, value, next_value):
     return lax.scan(step, jnp.zeros_like(delta[0]), (delta, ended), reverse=True)[1]
 
 
-def critic_loss(critic_params, obs, target):
+def critic_loss(critic_params, config, obs, target):
     """Mean squared error to `target [batch]`."""
-    return jnp.square(critic(critic_params, obs) - target).mean()
+    return jnp.square(critic(config, critic_params, obs) - target).mean()
 
 
 def actor_loss(actor_params, config, transitions, advantage):
@@ -194,14 +196,17 @@ def update(config, params, opt_state, transitions, index):
 
     A row of `index [critic_steps, batch_size]` is a batch of the flattened `transitions [num_steps, num_envs]`.
     """
-    value, next_value = critic(params.critic, transitions.obs), critic(params.critic, transitions.next_obs)
+    value, next_value = (
+        critic(config, params.critic, transitions.obs),
+        critic(config, params.critic, transitions.next_obs),
+    )
     advantage = advantages(config, transitions, value, next_value)
     actor_losses, grads = jax.value_and_grad(actor_loss, has_aux=True)(params.actor, config, transitions, advantage)
     actor_params, actor_opt_state = apply_grads(config.actor_learning_rate, grads, params.actor, opt_state.actor)
     obs, target = transitions.obs.reshape(value.size, -1), (advantage + value).ravel()
 
     def step(carry, rows):
-        loss, grads = jax.value_and_grad(critic_loss)(carry[0], obs[rows], target[rows])
+        loss, grads = jax.value_and_grad(critic_loss)(carry[0], config, obs[rows], target[rows])
         return apply_grads(config.critic_learning_rate, grads, *carry), loss
 
     (critic_params, critic_opt_state), losses = lax.scan(step, (params.critic, opt_state.critic), index)

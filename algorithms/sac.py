@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import distrax
 import gymnax
@@ -63,6 +63,7 @@ class Config:
     buffer_size: int = jax.tree.static(default=100_000)  # transitions in the replay buffer
     batch_size: int = jax.tree.static(default=256)  # transitions per update
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for everything learned
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
     tau: Annotated[float, "in [0, 1]"] = 0.02  # step of the targets towards the online networks
@@ -132,44 +133,45 @@ def mlp_init(key, sizes):
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
 
-def mlp(params, x):
-    """Multilayer perceptron with ReLU: `[..., n]` to `[..., m]`."""
+def mlp(config, params, x):
+    """Multilayer perceptron: `[..., n]` to `[..., m]`."""
+    activation = getattr(jax.nn, config.activation)
     for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
+        x = activation(x @ w + b)
     w, b = params[-1]
     return x @ w + b
 
 
-def policy(params, obs):
+def policy(config, params, obs):
     """Gaussian before squashing: `obs [..., obs_dim]` to a distribution over `[..., action_dim]`."""
-    mean, log_std = jnp.split(mlp(params, obs), 2, axis=-1)
+    mean, log_std = jnp.split(mlp(config, params, obs), 2, axis=-1)
     return distrax.MultivariateNormalDiag(mean, jnp.exp(jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)))
 
 
-def sample_action(params, obs, noise):
+def sample_action(config, params, obs, noise):
     """Squashed `mean + std * noise` and its log-density: `noise [..., action_dim]` to `([..., action_dim], [...])`.
 
     Computed from the action before squashing, since the inverse of tanh loses all digits where |action| nears 1.
     """
-    gaussian = policy(params, obs)
+    gaussian = policy(config, params, obs)
     unsquashed = gaussian.mean() + gaussian.stddev() * noise
     action, log_det = distrax.Block(distrax.Tanh(), ndims=1).forward_and_log_det(unsquashed)
     return action, gaussian.log_prob(unsquashed) - log_det
 
 
-def actor(params, obs):
+def actor(config, params, obs):
     """Squashed mean of the policy: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return jnp.tanh(policy(params, obs).mean())
+    return jnp.tanh(policy(config, params, obs).mean())
 
 
-def critic(params, obs, action):
+def critic(config, params, obs, action):
     """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
-    return mlp(params, jnp.concatenate([obs, action], axis=-1))[..., 0]
+    return mlp(config, params, jnp.concatenate([obs, action], axis=-1))[..., 0]
 
 
-def twin_critics(params, obs, action):
+def twin_critics(config, params, obs, action):
     """Both critics: `[2, ...]`."""
-    return jax.vmap(critic, in_axes=(0, None, None))(params, obs, action)
+    return jax.vmap(critic, in_axes=(None, 0, None, None))(config, params, obs, action)
 
 
 # Learning
@@ -177,22 +179,22 @@ def twin_critics(params, obs, action):
 
 def td_target(config, params, batch, noise):
     """Soft clipped double-Q target `[batch]`, with standard normal `noise [batch, action_dim]`."""
-    next_action, next_log_prob = sample_action(params.actor, batch.next_obs, noise)
-    next_q = twin_critics(params.target_critic, batch.next_obs, next_action).min(axis=0)
+    next_action, next_log_prob = sample_action(config, params.actor, batch.next_obs, noise)
+    next_q = twin_critics(config, params.target_critic, batch.next_obs, next_action).min(axis=0)
     next_value = next_q - jnp.exp(params.log_alpha) * next_log_prob
     return batch.reward + config.gamma * jnp.where(batch.terminated, 0, next_value)
 
 
-def critic_loss(critic_params, batch, target):
+def critic_loss(critic_params, config, batch, target):
     """Mean squared error to `target [batch]`, and mean value: `(loss, q_value)`."""
-    q = twin_critics(critic_params, batch.obs, batch.action)
+    q = twin_critics(config, critic_params, batch.obs, batch.action)
     return jnp.square(q - target).mean(axis=1).sum(), q.mean()  # the sum is over both critics
 
 
-def actor_loss(actor_params, critic_params, log_alpha, batch, noise):
+def actor_loss(actor_params, critic_params, config, log_alpha, batch, noise):
     """KL divergence from the Boltzmann policy up to a constant, and the policy's entropy: `(loss, entropy)`."""
-    action, log_prob = sample_action(actor_params, batch.obs, noise)
-    q = twin_critics(critic_params, batch.obs, action).min(axis=0)
+    action, log_prob = sample_action(config, actor_params, batch.obs, noise)
+    q = twin_critics(config, critic_params, batch.obs, action).min(axis=0)
     return (jnp.exp(log_alpha) * log_prob - q).mean(), -log_prob.mean()
 
 
@@ -215,10 +217,10 @@ def apply_grads(config, grads, params, opt_state):
 def update(config, params, opt_state, batch, noise):
     """One update from a batch, with standard normal `noise [2, batch, action_dim]`: `(params, opt_state, losses)`."""
     target = td_target(config, params, batch, noise[0])
-    critic_losses, grads = jax.value_and_grad(critic_loss, has_aux=True)(params.critic, batch, target)
+    critic_losses, grads = jax.value_and_grad(critic_loss, has_aux=True)(params.critic, config, batch, target)
     critic_params, critic_opt_state = apply_grads(config, grads, params.critic, opt_state.critic)
     actor_grad = jax.value_and_grad(actor_loss, has_aux=True)
-    actor_losses, grads = actor_grad(params.actor, critic_params, params.log_alpha, batch, noise[1])
+    actor_losses, grads = actor_grad(params.actor, critic_params, config, params.log_alpha, batch, noise[1])
     actor_params, actor_opt_state = apply_grads(config, grads, params.actor, opt_state.actor)
     target_entropy = config.target_entropy * batch.action.shape[-1]
     grad = jax.grad(alpha_loss)(params.log_alpha, actor_losses[1], target_entropy)
@@ -234,13 +236,13 @@ def update(config, params, opt_state, batch, noise):
 
 def greedy(config, params, obs):
     """The policy without noise: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return actor(params.actor, obs)
+    return actor(config, params.actor, obs)
 
 
 def explore(config, params, obs, key):
     """Actions sampled from the policy."""
     noise = random.normal(key, (*obs.shape[:-1], make_env(config.env).action_dim))
-    return sample_action(params.actor, obs, noise)[0]
+    return sample_action(config, params.actor, obs, noise)[0]
 
 
 def warm_up(config, params, obs, key):

@@ -31,7 +31,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import distrax
 import gymnax
@@ -64,6 +64,7 @@ class Config:
     buffer_size: int = jax.tree.static(default=100_000)  # transitions in the replay buffer
     batch_size: int = jax.tree.static(default=256)  # transitions per update
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for everything learned
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
     tau: Annotated[float, "in [0, 1]"] = 0.02  # step of the target towards the value network
@@ -132,49 +133,50 @@ def mlp_init(key, sizes):
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
 
-def mlp(params, x):
-    """Multilayer perceptron with ReLU: `[..., n]` to `[..., m]`."""
+def mlp(config, params, x):
+    """Multilayer perceptron: `[..., n]` to `[..., m]`."""
+    activation = getattr(jax.nn, config.activation)
     for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
+        x = activation(x @ w + b)
     w, b = params[-1]
     return x @ w + b
 
 
-def policy(params, obs):
+def policy(config, params, obs):
     """Gaussian before squashing: `obs [..., obs_dim]` to a distribution over `[..., action_dim]`."""
-    mean, log_std = jnp.split(mlp(params, obs), 2, axis=-1)
+    mean, log_std = jnp.split(mlp(config, params, obs), 2, axis=-1)
     return distrax.MultivariateNormalDiag(mean, jnp.exp(jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)))
 
 
-def sample_action(params, obs, noise):
+def sample_action(config, params, obs, noise):
     """Squashed `mean + std * noise` and its log-density: `noise [..., action_dim]` to `([..., action_dim], [...])`.
 
     Computed from the action before squashing, since the inverse of tanh loses all digits where |action| nears 1.
     """
-    gaussian = policy(params, obs)
+    gaussian = policy(config, params, obs)
     unsquashed = gaussian.mean() + gaussian.stddev() * noise
     action, log_det = distrax.Block(distrax.Tanh(), ndims=1).forward_and_log_det(unsquashed)
     return action, gaussian.log_prob(unsquashed) - log_det
 
 
-def actor(params, obs):
+def actor(config, params, obs):
     """Squashed mean of the policy: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return jnp.tanh(policy(params, obs).mean())
+    return jnp.tanh(policy(config, params, obs).mean())
 
 
-def critic(params, obs, action):
+def critic(config, params, obs, action):
     """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
-    return mlp(params, jnp.concatenate([obs, action], axis=-1))[..., 0]
+    return mlp(config, params, jnp.concatenate([obs, action], axis=-1))[..., 0]
 
 
-def twin_critics(params, obs, action):
+def twin_critics(config, params, obs, action):
     """Both critics: `[2, ...]`."""
-    return jax.vmap(critic, in_axes=(0, None, None))(params, obs, action)
+    return jax.vmap(critic, in_axes=(None, 0, None, None))(config, params, obs, action)
 
 
-def value(params, obs):
+def value(config, params, obs):
     """State value: `obs [..., obs_dim]` to `[...]`."""
-    return mlp(params, obs)[..., 0]
+    return mlp(config, params, obs)[..., 0]
 
 
 # Learning
@@ -182,32 +184,32 @@ def value(params, obs):
 
 def soft_value(config, params, batch, noise):
     """Target `[batch]` of the value network, with standard normal `noise [batch, action_dim]`."""
-    action, log_prob = sample_action(params.actor, batch.obs, noise)
-    return twin_critics(params.critic, batch.obs, action).min(axis=0) - config.alpha * log_prob
+    action, log_prob = sample_action(config, params.actor, batch.obs, noise)
+    return twin_critics(config, params.critic, batch.obs, action).min(axis=0) - config.alpha * log_prob
 
 
-def value_loss(value_params, batch, target):
+def value_loss(value_params, config, batch, target):
     """Mean squared error to `target [batch]`."""
-    return jnp.square(value(value_params, batch.obs) - target).mean()
+    return jnp.square(value(config, value_params, batch.obs) - target).mean()
 
 
 def td_target(config, params, batch):
     """Target `[batch]` of the critics, from the target value network."""
-    next_value = value(params.target_value, batch.next_obs)
+    next_value = value(config, params.target_value, batch.next_obs)
     return batch.reward + config.gamma * jnp.where(batch.terminated, 0, next_value)
 
 
-def critic_loss(critic_params, batch, target):
+def critic_loss(critic_params, config, batch, target):
     """Mean squared error to `target [batch]`, and mean value: `(loss, q_value)`."""
-    q = twin_critics(critic_params, batch.obs, batch.action)
+    q = twin_critics(config, critic_params, batch.obs, batch.action)
     return jnp.square(q - target).mean(axis=1).sum(), q.mean()  # the sum is over both critics
 
 
-def actor_loss(actor_params, critic_params, alpha, batch, noise):
+def actor_loss(actor_params, critic_params, config, batch, noise):
     """KL divergence from the Boltzmann policy up to a constant, and the policy's entropy: `(loss, entropy)`."""
-    action, log_prob = sample_action(actor_params, batch.obs, noise)
-    q = twin_critics(critic_params, batch.obs, action).min(axis=0)
-    return (alpha * log_prob - q).mean(), -log_prob.mean()
+    action, log_prob = sample_action(config, actor_params, batch.obs, noise)
+    q = twin_critics(config, critic_params, batch.obs, action).min(axis=0)
+    return (config.alpha * log_prob - q).mean(), -log_prob.mean()
 
 
 def optimizer(config):
@@ -224,13 +226,13 @@ def apply_grads(config, grads, params, opt_state):
 def update(config, params, opt_state, batch, noise):
     """One update from a batch, with standard normal `noise [2, batch, action_dim]`: `(params, opt_state, losses)`."""
     target = soft_value(config, params, batch, noise[0])
-    loss, grads = jax.value_and_grad(value_loss)(params.value, batch, target)
+    loss, grads = jax.value_and_grad(value_loss)(params.value, config, batch, target)
     value_params, value_opt_state = apply_grads(config, grads, params.value, opt_state.value)
     target = td_target(config, params, batch)
-    critic_losses, grads = jax.value_and_grad(critic_loss, has_aux=True)(params.critic, batch, target)
+    critic_losses, grads = jax.value_and_grad(critic_loss, has_aux=True)(params.critic, config, batch, target)
     critic_params, critic_opt_state = apply_grads(config, grads, params.critic, opt_state.critic)
     actor_grad = jax.value_and_grad(actor_loss, has_aux=True)
-    actor_losses, grads = actor_grad(params.actor, critic_params, config.alpha, batch, noise[1])
+    actor_losses, grads = actor_grad(params.actor, critic_params, config, batch, noise[1])
     actor_params, actor_opt_state = apply_grads(config, grads, params.actor, opt_state.actor)
     target_value = optax.incremental_update(value_params, params.target_value, config.tau)
     params = Params(actor_params, critic_params, value_params, target_value)
@@ -243,13 +245,13 @@ def update(config, params, opt_state, batch, noise):
 
 def greedy(config, params, obs):
     """The policy without noise: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return actor(params.actor, obs)
+    return actor(config, params.actor, obs)
 
 
 def explore(config, params, obs, key):
     """Actions sampled from the policy."""
     noise = random.normal(key, (*obs.shape[:-1], make_env(config.env).action_dim))
-    return sample_action(params.actor, obs, noise)[0]
+    return sample_action(config, params.actor, obs, noise)[0]
 
 
 def warm_up(config, params, obs, key):

@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import gymnax
 import jax
@@ -60,6 +60,7 @@ class Config:
     buffer_size: int = jax.tree.static(default=100_000)  # transitions in the replay buffer
     batch_size: int = jax.tree.static(default=256)  # transitions per update
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     policy_delay: int = jax.tree.static(default=2)  # critic updates per update of actor and targets
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for actor and critics
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
@@ -128,27 +129,28 @@ def mlp_init(key, sizes):
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
 
-def mlp(params, x):
-    """Multilayer perceptron with ReLU: `[..., n]` to `[..., m]`."""
+def mlp(config, params, x):
+    """Multilayer perceptron: `[..., n]` to `[..., m]`."""
+    activation = getattr(jax.nn, config.activation)
     for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
+        x = activation(x @ w + b)
     w, b = params[-1]
     return x @ w + b
 
 
-def actor(params, obs):
+def actor(config, params, obs):
     """Deterministic policy: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return jnp.tanh(mlp(params, obs))
+    return jnp.tanh(mlp(config, params, obs))
 
 
-def critic(params, obs, action):
+def critic(config, params, obs, action):
     """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
-    return mlp(params, jnp.concatenate([obs, action], axis=-1))[..., 0]
+    return mlp(config, params, jnp.concatenate([obs, action], axis=-1))[..., 0]
 
 
-def twin_critics(params, obs, action):
+def twin_critics(config, params, obs, action):
     """Both critics: `[2, ...]`."""
-    return jax.vmap(critic, in_axes=(0, None, None))(params, obs, action)
+    return jax.vmap(critic, in_axes=(None, 0, None, None))(config, params, obs, action)
 
 
 # Learning
@@ -157,21 +159,21 @@ def twin_critics(params, obs, action):
 def td_target(config, params, batch, noise):
     """Clipped double-Q target `[batch]` with target policy smoothing by standard normal `noise [batch, action_dim]`."""
     smoothing = jnp.clip(config.target_noise * noise, -config.noise_clip, config.noise_clip)
-    next_action = jnp.clip(actor(params.target_actor, batch.next_obs) + smoothing, -1, 1)
-    next_q = twin_critics(params.target_critic, batch.next_obs, next_action).min(axis=0)
+    next_action = jnp.clip(actor(config, params.target_actor, batch.next_obs) + smoothing, -1, 1)
+    next_q = twin_critics(config, params.target_critic, batch.next_obs, next_action).min(axis=0)
     return batch.reward + config.gamma * jnp.where(batch.terminated, 0, next_q)
 
 
-def critic_loss(critic_params, batch, target):
+def critic_loss(critic_params, config, batch, target):
     """Mean squared error to `target [batch]`, and mean value: `(loss, q_value)`."""
-    q = twin_critics(critic_params, batch.obs, batch.action)
+    q = twin_critics(config, critic_params, batch.obs, batch.action)
     return jnp.square(q - target).mean(axis=1).sum(), q.mean()  # the sum is over both critics
 
 
-def actor_loss(actor_params, critic_params, batch):
+def actor_loss(actor_params, critic_params, config, batch):
     """Minus the mean value of the actor's actions (deterministic policy gradient)."""
     first_critic = jax.tree.map(lambda x: x[0], critic_params)
-    return -critic(first_critic, batch.obs, actor(actor_params, batch.obs)).mean()
+    return -critic(config, first_critic, batch.obs, actor(config, actor_params, batch.obs)).mean()
 
 
 def optimizer(config):
@@ -188,11 +190,11 @@ def apply_grads(config, grads, params, opt_state):
 def update(config, params, opt_state, batch, noise, count):
     """One update, the `count`-th, from a batch: `(params, opt_state, losses)`."""
     target = td_target(config, params, batch, noise)
-    critic_losses, grads = jax.value_and_grad(critic_loss, has_aux=True)(params.critic, batch, target)
+    critic_losses, grads = jax.value_and_grad(critic_loss, has_aux=True)(params.critic, config, batch, target)
     critic_params, critic_opt_state = apply_grads(config, grads, params.critic, opt_state.critic)
 
     def update_policy(actor_params, actor_opt_state, targets):
-        loss, grads = jax.value_and_grad(actor_loss)(actor_params, critic_params, batch)
+        loss, grads = jax.value_and_grad(actor_loss)(actor_params, critic_params, config, batch)
         actor_params, actor_opt_state = apply_grads(config, grads, actor_params, actor_opt_state)
         targets = optax.incremental_update((actor_params, critic_params), targets, config.tau)
         return actor_params, actor_opt_state, targets, loss
@@ -210,7 +212,7 @@ def update(config, params, opt_state, batch, noise, count):
 
 def greedy(config, params, obs):
     """The policy without noise: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return actor(params.actor, obs)
+    return actor(config, params.actor, obs)
 
 
 def explore(config, params, obs, key):

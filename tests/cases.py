@@ -218,14 +218,22 @@ for name, env_class, horizon, terminates in (
 # Updates in NumPy, float64
 
 
-def np_mlp(layers, x):
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def np_mlp(layers, x, activation=silu):
     for w, b in layers[:-1]:
-        x = np.maximum(x @ w + b, 0)
+        x = activation(x @ w + b)
     return x @ layers[-1][0] + layers[-1][1]
 
 
-def np_critic(layers, obs, action):
-    return np_mlp(layers, np.concatenate([obs, action], axis=1))[:, 0]
+def np_critic(layers, obs, action, activation=silu):
+    return np_mlp(layers, np.concatenate([obs, action], axis=1), activation)[:, 0]
 
 
 def np_critics(critics, obs, action):

@@ -265,7 +265,7 @@ def test_values_stop_at_a_termination_and_not_at_a_time_limit(name, env):
     state, _ = quick_jit(module.train)(config, random.key(0))
     times = np.arange(50) / 50 if env == "ClockTruncated-test" else np.arange(10) / 10
     obs = jnp.asarray(times)[:, None]
-    values = module.twin_critics(state.params.critic, obs, module.greedy(config, state.params, obs)).min(axis=0)
+    values = module.twin_critics(config, state.params.critic, obs, module.greedy(config, state.params, obs)).min(axis=0)
     if env == "ClockTruncated-test":
         np.testing.assert_allclose(values, 10, rtol=0.03)  # 8.5 if the limit counted as the end
     else:

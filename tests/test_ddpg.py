@@ -92,8 +92,8 @@ def test_targets_are_hard_copies_by_default():
     [
         ("jnp.where(batch.terminated, 0, next_q)", "next_q"),
         ("return -critic(", "return critic("),
-        ("next_action = actor(params.target_actor", "next_action = actor(params.actor"),
-        ("critic(params.target_critic", "critic(params.critic"),
+        ("next_action = actor(config, params.target_actor", "next_action = actor(config, params.actor"),
+        ("critic(config, params.target_critic", "critic(config, params.critic"),
         ("old, config.tau)", "old, 1 - config.tau)"),
     ],
     ids=["no mask", "actor sign", "online actor", "online critic", "tau"],
@@ -165,7 +165,7 @@ def test_exploration_adds_the_noise_to_the_actor_within_the_box():
     before = quick_jit(ddpg.init)(config, random.key(0))
     after = quick_jit(lambda state: ddpg.collect(config, state, ddpg.explore))(before)
     obs, action = after.buffer[64:80, :3], after.buffer[64:80, 3]
-    noise = action - ddpg.actor(before.params.actor, obs)[:, 0]
+    noise = action - ddpg.greedy(config, before.params, obs)[:, 0]
     inside = np.abs(action) < 1
     assert 0 < inside.mean() < 1
     assert np.abs(action).max() <= 1

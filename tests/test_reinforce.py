@@ -100,7 +100,7 @@ def test_gradients_equal_finite_differences(config):
     )
     expected = finite_differences(lambda p: -(advantage * np_log_prob(config, p, obs, action)).mean(), actor)
     assert_close(gradient, jax.tree.map(jnp.asarray, expected), rtol=2e-3, atol=2e-5)
-    gradient = quick_jit(jax.grad(reinforce.critic_loss))(jax.tree.map(jnp.asarray, critic), obs, target)
+    gradient = quick_jit(jax.grad(reinforce.critic_loss))(jax.tree.map(jnp.asarray, critic), config, obs, target)
     expected = finite_differences(lambda p: np.mean((np_mlp(p, obs)[:, 0] - target) ** 2), critic)
     assert_close(gradient, jax.tree.map(jnp.asarray, expected), rtol=2e-3, atol=2e-5)
 
@@ -125,7 +125,7 @@ def test_likelihood_ratio_gradient_is_that_of_the_expected_reward():
     env_state, obs = jax.vmap(reinforce.make_env("Bandit-test").reset)(random.split(random.key(1), n))
     keys = random.split(random.key(2), 1)
     *_, steps = reinforce.rollout(config, params, reinforce.explore, env_state, obs, keys)
-    value, next_value = (reinforce.critic(params.critic, x) for x in (steps.obs, steps.next_obs))
+    value, next_value = (reinforce.critic(CONFIG, params.critic, x) for x in (steps.obs, steps.next_obs))
     advantage = reinforce.advantages(config, steps, value, next_value)
     assert steps.terminated.all()
     one = lambda step, a: jax.grad(lambda p: -reinforce.actor_loss(p, config, step, a)[0])(actor)
@@ -171,7 +171,7 @@ def test_update_is_one_step_of_the_policy_then_some_of_the_baseline():
     params, opt_state, losses = quick_jit(lambda *x: reinforce.update(CONFIG, *x))(
         state.params, state.opt_state, steps, index
     )
-    value, next_value = (reinforce.critic(state.params.critic, x) for x in (steps.obs, steps.next_obs))
+    value, next_value = (reinforce.critic(CONFIG, state.params.critic, x) for x in (steps.obs, steps.next_obs))
     advantage = reinforce.advantages(CONFIG, steps, value, next_value)
     (loss, entropy), grads = jax.value_and_grad(reinforce.actor_loss, has_aux=True)(
         state.params.actor, CONFIG, steps, advantage

@@ -21,6 +21,7 @@ from jax import random
 
 from amortax.algorithms import sac, sac_value
 
+CONFIG = sac.Config()
 both = pytest.mark.parametrize("module", [sac_value, sac], ids=["sac_value", "sac"])
 
 # The density of squashed actions, the same code in both files
@@ -40,7 +41,7 @@ def test_density_integrates_to_one(mean, std):
     noise = (unsquashed - mean) / std
     with jax.enable_x64(True):
         obs = np.zeros((len(noise), 1))
-        action, log_prob = map(np.asarray, sac.sample_action(constant_policy(mean, std), obs, noise[:, None]))
+        action, log_prob = map(np.asarray, sac.sample_action(CONFIG, constant_policy(mean, std), obs, noise[:, None]))
     inside = np.abs(action[:, 0]) < 1  # beyond, float64 has no room left between the action and the bound
     np.testing.assert_allclose(np.trapezoid(np.exp(log_prob[inside]), action[inside, 0]), 1, atol=1e-6)
 
@@ -51,7 +52,9 @@ def test_density_equals_the_change_of_variables():
     mean, std = np.array([0.3, -0.8]), np.array([0.7, 0.4])
     noise = np.random.default_rng(0).normal(size=(1000, 2))
     with jax.enable_x64(True):
-        action, log_prob = map(np.asarray, sac.sample_action(constant_policy(mean, std), np.zeros((1000, 1)), noise))
+        action, log_prob = map(
+            np.asarray, sac.sample_action(CONFIG, constant_policy(mean, std), np.zeros((1000, 1)), noise)
+        )
     np.testing.assert_allclose(action, np.tanh(mean + std * noise), rtol=1e-12)
     normal = scipy.stats.norm(mean, std).logpdf(np.arctanh(action)).sum(axis=1)
     np.testing.assert_allclose(log_prob, normal - np.log1p(-(action**2)).sum(axis=1), rtol=1e-8)
@@ -62,27 +65,33 @@ def test_density_is_exact_where_the_action_meets_its_bound():
     """In float32, where 1 - a^2 is 0: log(1 - tanh(u)^2) = log 4 - 2 |u| - 2 log(1 + exp(-2 |u|)); its gradient too."""
     noise = jnp.array([-60.0, -20, -9, -1, 0, 1, 9, 20, 60])[:, None]
     policy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), constant_policy(0.5, 1.0))
-    action, log_prob = sac.sample_action(policy, jnp.zeros((9, 1)), noise)
+    action, log_prob = sac.sample_action(CONFIG, policy, jnp.zeros((9, 1)), noise)
     assert np.abs(action).max() == 1
     u = 0.5 + np.asarray(noise[:, 0], np.float64)
     log_det = np.log(4) - 2 * np.abs(u) - 2 * np.log1p(np.exp(-2 * np.abs(u)))
     np.testing.assert_allclose(log_prob, scipy.stats.norm(0.5, 1).logpdf(u) - log_det, rtol=1e-5)
     # with the noise given, the normal part does not move with the mean; the rest by 2 tanh(u)
-    gradient = jax.vmap(lambda e: jax.grad(lambda p: sac.sample_action(p, jnp.zeros(1), e)[1])(policy)[0][1][0])(noise)
+    gradient = jax.vmap(
+        lambda e: jax.grad(lambda p: sac.sample_action(CONFIG, p, jnp.zeros(1), e)[1])(policy)[0][1][0]
+    )(noise)
     np.testing.assert_allclose(gradient, 2 * np.tanh(u), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.quick
 def test_greedy_action_is_the_squashed_mean():
     policy = constant_policy([0.3, -2.0], [1.0, 5.0])
-    np.testing.assert_allclose(sac.actor(policy, np.zeros((4, 1))), np.tile(np.tanh([0.3, -2.0]), (4, 1)), rtol=1e-6)
+    np.testing.assert_allclose(
+        sac.actor(CONFIG, policy, np.zeros((4, 1))), np.tile(np.tanh([0.3, -2.0]), (4, 1)), rtol=1e-6
+    )
 
 
 @pytest.mark.quick
 def test_deviation_is_bounded():
     log_std = np.array([-50.0, -10, 0, 2, 50])
     policy = [(np.zeros((1, 10)), np.concatenate([np.zeros(5), log_std]))]
-    np.testing.assert_allclose(sac.policy(policy, np.zeros(1)).stddev(), np.exp(np.clip(log_std, -10, 2)), rtol=1e-6)
+    np.testing.assert_allclose(
+        sac.policy(CONFIG, policy, np.zeros(1)).stddev(), np.exp(np.clip(log_std, -10, 2)), rtol=1e-6
+    )
 
 
 # The updates against a case worked in NumPy, float64
@@ -211,13 +220,13 @@ def test_update_equals_the_hand_worked_case(module):
         (sac, "jnp.where(batch.terminated, 0, next_value)", "next_value"),
         (sac, "next_q - jnp.exp", "next_q + jnp.exp"),
         (sac, "* log_prob - q).mean()", "* log_prob + q).mean()"),
-        (sac, "twin_critics(params.target_critic", "twin_critics(params.critic"),
+        (sac, "params.target_critic, batch.next_obs", "params.critic, batch.next_obs"),
         (sac, "config.target_entropy * batch.action.shape[-1]", "config.target_entropy"),
         (sac, "(entropy - target", "(-entropy - target"),
         (sac_value, "jnp.where(batch.terminated, 0, next_value)", "next_value"),
         (sac_value, "- config.alpha * log_prob", "+ config.alpha * log_prob"),
-        (sac_value, "value(params.target_value, batch.next_obs)", "value(params.value, batch.next_obs)"),
-        (sac_value, "value(params.target_value, batch.next_obs)", "value(params.target_value, batch.obs)"),
+        (sac_value, "params.target_value, batch.next_obs)", "params.value, batch.next_obs)"),
+        (sac_value, "params.target_value, batch.next_obs)", "params.target_value, batch.obs)"),
         (sac_value, "* log_prob - q).mean()", "* log_prob + q).mean()"),
     ],
 )
@@ -231,7 +240,7 @@ def test_the_hand_worked_case_catches(tmp_path, module, old, new):
 
 
 def bandit(target_entropy, initial_alpha):
-    """Last epoch's metrics and final parameters where every episode is one step that earns -a^2."""
+    """The policy, a distribution, and the last epoch's metrics, where every episode is one step that earns -a^2."""
     config = sac.Config(
         env="Bandit-test",
         total_steps=7600,
@@ -245,16 +254,15 @@ def bandit(target_entropy, initial_alpha):
         target_entropy=target_entropy,
     )
     state, metrics = quick_jit(sac.train)(config, random.key(0))
-    return state.params, jax.tree.map(lambda x: x[-1], metrics)
+    return sac.policy(config, state.params.actor, jnp.zeros(1)), jax.tree.map(lambda x: x[-1], metrics)
 
 
 @pytest.mark.parametrize(("target_entropy", "initial_alpha"), [(-1.0, 1.0), (-1.0, 1e-3), (-0.5, 0.3)])
 def test_temperature_drives_the_entropy_to_its_target(target_entropy, initial_alpha):
     """The Boltzmann policy of -a^2 is N(0, alpha / 2), whose entropy is log(pi e alpha) / 2, but for the squashing."""
-    params, metrics = bandit(target_entropy, initial_alpha)
+    policy, metrics = bandit(target_entropy, initial_alpha)
     np.testing.assert_allclose(metrics.entropy, target_entropy, atol=0.03)
     alpha = np.exp(2 * target_entropy) / (np.pi * np.e)
     np.testing.assert_allclose(metrics.alpha, alpha, rtol=0.08)
-    policy = sac.policy(params.actor, jnp.zeros(1))
     np.testing.assert_allclose(policy.stddev(), np.sqrt(alpha / 2), rtol=0.1)
     np.testing.assert_allclose(policy.mean(), 0, atol=0.05)

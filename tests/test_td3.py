@@ -103,9 +103,11 @@ def check_losses(td3):
     target = np_target(config, params, batch, noise)
     with jax.enable_x64(True):
         (critic_loss, q_value), critic_grads = quick_jit(jax.value_and_grad(td3.critic_loss, has_aux=True))(
-            params.critic, batch, target
+            params.critic, config, batch, target
         )
-        actor_loss, actor_grads = quick_jit(jax.value_and_grad(td3.actor_loss))(params.actor, params.critic, batch)
+        actor_loss, actor_grads = quick_jit(jax.value_and_grad(td3.actor_loss))(
+            params.actor, params.critic, config, batch
+        )
     np.testing.assert_allclose(q_value, np.mean(np_critics(params.critic, batch.obs, batch.action)), rtol=1e-12)
     for loss, grads, expected, layers in (
         (critic_loss, critic_grads, lambda x: np_critic_loss(x, batch, target), params.critic),
@@ -203,7 +205,7 @@ def test_learns_pendulum():
         env, env_params = gymnax.make(config.env)
         keys = random.split(random.key(100), 64)
         obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(keys, env_params)
-        q = td3.twin_critics(params.critic, obs, td3.actor(params.actor, obs)).mean(axis=0)
+        q = td3.twin_critics(config, params.critic, obs, td3.greedy(config, params, obs)).mean(axis=0)
 
         def step(carry, discount):
             obs, env_state = carry

@@ -23,7 +23,7 @@ FLAGS = f"--gamma {GAMMA} --hidden-sizes 512 --total-steps 25000 --steps-per-epo
 TEMPERATURE = {"sac_value": " --alpha 0.2", "sac": ""}  # of the same order; SAC learns its own
 
 
-def kl_divergence(module, actor, optimal, alpha):
+def kl_divergence(module, config, actor, optimal, alpha):
     """KL divergence in nats from the soft-optimal policy for temperature `alpha`, the mean over states of the starts.
 
     `optimal` solves the system for temperature 1; the covariance is proportional to the temperature.
@@ -32,7 +32,7 @@ def kl_divergence(module, actor, optimal, alpha):
     key_state, key_noise = random.split(random.key(0))
     obs = random.uniform(key_state, (NUM_STATES, K.shape[1]), minval=-1, maxval=1)
     noise = random.normal(key_noise, (NUM_SAMPLES, NUM_STATES, len(K)))
-    action, log_prob = module.sample_action(actor, obs, noise)  # in [-1, 1], and its density there
+    action, log_prob = module.sample_action(config, actor, obs, noise)  # in [-1, 1], and its density there
     log_prob -= len(K) * jnp.log(lqr.ACTION_BOUND)
     error = lqr.ACTION_BOUND * action + obs @ K.T
     return (log_prob - multivariate_normal.logpdf(error, jnp.zeros(len(K)), alpha * covariance)).mean()
@@ -47,7 +47,7 @@ def measure(run):
     """A row for each seed before the first epoch and after each."""
     module, config = training.load(run)
     optimal = lqr.solve(gymnax.make(run.env)[1], GAMMA, 1.0)
-    distance = jax.jit(lambda params: kl_divergence(module, params.actor, optimal, temperature(config, params)))
+    distance = jax.jit(lambda params: kl_divergence(module, config, params.actor, optimal, temperature(config, params)))
     rows = []
     for seed, step, params, _ in training.snapshots(module, config, run.seeds):
         row = {"seed": seed, "progress": step, "finite": int(training.is_finite(params))}

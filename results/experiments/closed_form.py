@@ -61,7 +61,7 @@ def evaluate(module, config, params, K):
     if not hasattr(params, "log_alpha") and not hasattr(config, "alpha"):
         return *costs, error, jnp.zeros_like(action)
     noise = jax.random.normal(key, (512, *action.shape))
-    return *costs, error, (lqr.ACTION_BOUND * module.sample_action(params.actor, starts, noise)[0]).var(axis=0)
+    return *costs, error, (lqr.ACTION_BOUND * module.sample_action(config, params.actor, starts, noise)[0]).var(axis=0)
 
 
 def compare(evaluated, config, params, alpha):

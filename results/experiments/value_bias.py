@@ -15,8 +15,8 @@ def greedy_value(module, num_critics, config, params, obs):
     """The critic's value of the greedy action, as the algorithm's targets use it: the minimum of `num_critics`."""
     action = module.greedy(config, params, obs)
     if hasattr(module, "twin_critics"):
-        return module.twin_critics(params.critic, obs, action)[:num_critics].min(axis=0)
-    return module.critic(params.critic, obs, action)
+        return module.twin_critics(config, params.critic, obs, action)[:num_critics].min(axis=0)
+    return module.critic(config, params.critic, obs, action)
 
 
 def value_bias(module, num_critics, config, params, key):
