@@ -348,7 +348,7 @@ def test_distance_from_the_boltzmann_policy_is_the_divergence_of_two_gaussians(s
     weights = jnp.concatenate([-K.T, jnp.zeros_like(K.T)], axis=1) / lqr.ACTION_BOUND
     bias = jnp.array([shift, jnp.log(scale * std / lqr.ACTION_BOUND)])
     expected = -np.log(scale) + (scale**2 - 1) / 2 + (shift * lqr.ACTION_BOUND / std) ** 2 / 2
-    distance = boltzmann.kl_divergence(sac, [(weights, bias)], best, alpha)
+    distance = boltzmann.kl_divergence(sac, sac.Config(), [(weights, bias)], best, alpha)
     np.testing.assert_allclose(distance, expected, atol=0.02)
 
 
