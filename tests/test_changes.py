@@ -153,7 +153,9 @@ def check_windows(module, count, n):
     ring = np.zeros((CAPACITY, rows.shape[1]), np.float32)
     for i in range(count):
         ring[i % CAPACITY] = rows[i]
-    batch = quick_jit(module.sample)(config, jnp.asarray(ring), jnp.int32(count), random.key(2))
+    step = jnp.int32(count)
+    (drawn,) = module.sample_rows(config, jnp.asarray(ring), step, random.key(2), 1)
+    batch = quick_jit(module.read_n_steps)(config, jnp.asarray(ring), step, drawn)
     batch = jax.tree.map(np.asarray, batch)
     assert [x.shape for x in batch] == [(1000, 1), (1000, 1), (1000,), (1000, 1), (1000,), (1000,)]
     # random actions tell which step was drawn
@@ -177,7 +179,7 @@ def test_n_steps_equal_a_walk_over_the_trajectories(my_idea, count):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("index + k * config.num_envs", "index + k"),
+        ("rows + k * config.num_envs", "rows + k"),
         ("(batch.ended == 0) & (k <= num_later)", "k <= num_later"),
         ("(1 - terminated), terminated | truncated", "(1 - terminated), terminated"),
         ("(batch.ended == 0) & (k <= num_later)", "batch.ended == 0"),

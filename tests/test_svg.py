@@ -247,14 +247,13 @@ def trained_model(config, updates):
     """`(losses [updates], state)` of a model fitted to the warm-up alone."""
     state = initialized(config)
 
-    def step(carry, key):
-        batch = svg.sample(config, state.buffer, state.step, key)
-        *carry, loss = svg.update_model(config, *carry, batch)
+    def step(carry, rows):
+        *carry, loss = svg.update_model(config, *carry, svg.read(config, state.buffer, rows))
         return tuple(carry), loss
 
-    keys = random.split(random.key(1), updates)
+    rows = svg.sample_rows(config, state.buffer, state.step, random.key(1), updates)
     carry = state.params.model, state.opt_state.model
-    (model, _), losses = jax.jit(lambda: jax.lax.scan(step, carry, keys))()
+    (model, _), losses = jax.jit(lambda: jax.lax.scan(step, carry, rows))()
     return np.asarray(losses), state._replace(params=state.params._replace(model=model))
 
 
