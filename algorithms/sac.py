@@ -337,11 +337,15 @@ def store(buffer, step, transitions):
     return lax.dynamic_update_slice_in_dim(buffer, rows.reshape(-1, buffer.shape[1]), step % len(buffer), axis=0)
 
 
-def sample(config, buffer, step, key):
-    """Draw `Transition [batch_size]` uniformly, with replacement, from the newest `min(step, capacity)` steps."""
+def sample_rows(config, buffer, step, key, num_batches):
+    """Rows `[num_batches, batch_size]`, drawn uniformly, with replacement, from the newest `min(step, capacity)`."""
+    return random.randint(key, (num_batches, config.batch_size), 0, jnp.minimum(step, len(buffer)))
+
+
+def read(config, buffer, rows):
+    """The stored transitions: `rows [n]` to `Transition [n]`."""
     _, unravel = ravel_pytree(example(config))
-    index = random.randint(key, (config.batch_size,), 0, jnp.minimum(step, len(buffer)))
-    return jax.vmap(unravel)(buffer.at[index].get(mode="promise_in_bounds"))
+    return jax.vmap(unravel)(buffer.at[rows].get(mode="promise_in_bounds"))
 
 
 # Training
@@ -359,18 +363,17 @@ def collect(config, state, policy):
 def iteration(config, state):
     """Collect, then make the updates that these steps ask for: `(State, losses)`."""
     state = collect(config, state, explore)
-    key, key_updates = random.split(state.key)
+    key, key_rows, key_noise = random.split(state.key, 3)
     num_updates = round(config.utd_ratio * config.num_envs * config.num_steps)
+    rows = sample_rows(config, state.buffer, state.step, key_rows, num_updates)
+    noise = random.normal(key_noise, (num_updates, 2, config.batch_size, make_env(config.env).action_dim))
 
-    def step(carry, key):
-        key_batch, key_noise = random.split(key)
-        batch = sample(config, state.buffer, state.step, key_batch)
-        noise = random.normal(key_noise, (2, *batch.action.shape))
-        *carry, losses = update(config, *carry, batch, noise)
+    def step(carry, xs):
+        rows, noise = xs
+        *carry, losses = update(config, *carry, read(config, state.buffer, rows), noise)
         return tuple(carry), losses
 
-    keys = random.split(key_updates, num_updates)
-    (params, opt_state), losses = lax.scan(step, (state.params, state.opt_state), keys)
+    (params, opt_state), losses = lax.scan(step, (state.params, state.opt_state), (rows, noise))
     return state._replace(params=params, opt_state=opt_state, key=key), losses
 
 

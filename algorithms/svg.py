@@ -446,11 +446,15 @@ def store(buffer, step, transitions):
     return lax.dynamic_update_slice_in_dim(buffer, rows.reshape(-1, buffer.shape[1]), step % len(buffer), axis=0)
 
 
-def sample(config, buffer, step, key):
-    """Draw `Transition [batch_size]` uniformly, with replacement, from the newest `min(step, capacity)` steps."""
+def sample_rows(config, buffer, step, key, num_batches):
+    """Rows `[num_batches, batch_size]`, drawn uniformly, with replacement, from the newest `min(step, capacity)`."""
+    return random.randint(key, (num_batches, config.batch_size), 0, jnp.minimum(step, len(buffer)))
+
+
+def read(config, buffer, rows):
+    """The stored transitions: `rows [n]` to `Transition [n]`."""
     _, unravel = ravel_pytree(example(config))
-    index = random.randint(key, (config.batch_size,), 0, jnp.minimum(step, len(buffer)))
-    return jax.vmap(unravel)(buffer.at[index].get(mode="promise_in_bounds"))
+    return jax.vmap(unravel)(buffer.at[rows].get(mode="promise_in_bounds"))
 
 
 def sample_sequences(config, buffer, step, length, key):
@@ -478,15 +482,14 @@ def collect(config, state, policy):
 def fit_model(config, state):
     """Collect, then update the learned model `model_steps` times: `(State, loss)`."""
     state = collect(config, state, explore)
-    key, key_updates = random.split(state.key)
+    key, key_rows = random.split(state.key)
 
-    def step(carry, key):
-        batch = sample(config, state.buffer, state.step, key)
-        *carry, loss = update_model(config, *carry, batch)
+    def step(carry, rows):
+        *carry, loss = update_model(config, *carry, read(config, state.buffer, rows))
         return tuple(carry), loss
 
-    carry = state.params.model, state.opt_state.model
-    (model, opt_state), losses = lax.scan(step, carry, random.split(key_updates, config.model_steps))
+    rows = sample_rows(config, state.buffer, state.step, key_rows, config.model_steps)
+    (model, opt_state), losses = lax.scan(step, (state.params.model, state.opt_state.model), rows)
     params, opt_state = state.params._replace(model=model), state.opt_state._replace(model=opt_state)
     return state._replace(params=params, opt_state=opt_state, key=key), losses.mean()
 

@@ -313,11 +313,15 @@ def store(buffer, step, transitions):
     return lax.dynamic_update_slice_in_dim(buffer, rows.reshape(-1, buffer.shape[1]), step % len(buffer), axis=0)
 
 
-def sample(config, buffer, step, key):
-    """Draw `Transition [batch_size]` uniformly, with replacement, from the newest `min(step, capacity)` steps."""
+def sample_rows(config, buffer, step, key, num_batches):
+    """Rows `[num_batches, batch_size]`, drawn uniformly, with replacement, from the newest `min(step, capacity)`."""
+    return random.randint(key, (num_batches, config.batch_size), 0, jnp.minimum(step, len(buffer)))
+
+
+def read(config, buffer, rows):
+    """The stored transitions: `rows [n]` to `Transition [n]`."""
     _, unravel = ravel_pytree(example(config))
-    index = random.randint(key, (config.batch_size,), 0, jnp.minimum(step, len(buffer)))
-    return jax.vmap(unravel)(buffer.at[index].get(mode="promise_in_bounds"))
+    return jax.vmap(unravel)(buffer.at[rows].get(mode="promise_in_bounds"))
 
 
 # Training
@@ -335,20 +339,18 @@ def collect(config, state, policy):
 def iteration(config, state, number):
     """Collect, then make the updates that these steps ask for: `(State, losses)`; `number` counts from 0 each epoch."""
     state = collect(config, state, explore)
-    key, key_updates = random.split(state.key)
+    key, key_rows, key_noise = random.split(state.key, 3)
     num_updates = round(config.utd_ratio * config.num_envs * config.num_steps)
+    rows = sample_rows(config, state.buffer, state.step, key_rows, num_updates)
+    noise = random.normal(key_noise, (*rows.shape, make_env(config.env).action_dim))
+    counts = number * num_updates + 1 + jnp.arange(num_updates)
 
     def step(carry, xs):
-        count, key = xs
-        key_batch, key_noise = random.split(key)
-        batch = sample(config, state.buffer, state.step, key_batch)
-        noise = random.normal(key_noise, batch.action.shape)
-        *carry, losses = update(config, *carry, batch, noise, count)
+        rows, noise, count = xs
+        *carry, losses = update(config, *carry, read(config, state.buffer, rows), noise, count)
         return tuple(carry), losses
 
-    counts = number * num_updates + 1 + jnp.arange(num_updates)
-    xs = counts, random.split(key_updates, num_updates)
-    (params, opt_state), losses = lax.scan(step, (state.params, state.opt_state), xs)
+    (params, opt_state), losses = lax.scan(step, (state.params, state.opt_state), (rows, noise, counts))
     return state._replace(params=params, opt_state=opt_state, key=key), losses
 
 

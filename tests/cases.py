@@ -75,20 +75,19 @@ CONFIGS = {
     "reinforce": reinforce.Config(**SMALL_REINFORCE),
     "svg": svg.Config(**SMALL_SVG, model="learned"),
 }
-# for programs that run for a moment only: less time in the compiler
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # for what two programs must have bitwise the same: without fusions, XLA's sums depend on what stands around them
 FUSIONS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
 exact_jit = functools.partial(jax.jit, compiler_options=FUSIONS)
-QUICK_FLAGS = os.environ.get("XLA_FLAGS", "").replace("optimization_level=1", "optimization_level=0")  # of processes
+# for programs that learn, which run for longer than it takes to optimize them
+OPTIMIZED = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
+fast_jit = functools.partial(jax.jit, compiler_options=OPTIMIZED)
 
 
 @functools.cache
-def programs(name):
+def programs(name, jit=jax.jit):
     """`init`, `epoch` (the state is donated) and `train` of an algorithm, each jitted once for all tests."""
     module = ALGORITHMS[name]
-    epoch = exact_jit(module.epoch, donate_argnums=1)
-    return SimpleNamespace(init=exact_jit(module.init), epoch=epoch, train=exact_jit(module.train))
+    return SimpleNamespace(init=jit(module.init), epoch=jit(module.epoch, donate_argnums=1), train=jit(module.train))
 
 
 def replace(config, **fields):

@@ -24,7 +24,7 @@ SHARED = [  # names of top-level definitions, and the files that have them; the 
     ("optimizer apply_grads", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi"),
     ("rollout", "td3 sac_value sac fqi fqi_amortized nfqca soft_fqi svg"),
     ("greedy Env make_env", BOX),
-    ("example store sample", REPLAY),
+    ("example store sample_rows read", REPLAY),
     ("critic num_epochs", OFF_POLICY),
     ("RULES num_iterations", "td3 ddpg sac_value sac reinforce"),
     ("RULES", "td3 svg"),

@@ -13,7 +13,6 @@ from cases import (
     np_adam,
     np_critic,
     np_mlp,
-    quick_jit,
     random_adam,
     random_batch,
     random_layers,
@@ -54,7 +53,7 @@ def check_update(ddpg, tau=0.3, count=3):
     """One update of critic and actor and, for a `count` that 3 divides, of the targets: `Params`."""
     config, params, opt_state, batch = hand_case(tau)
     with jax.enable_x64(True):
-        got, got_opt_state, losses = quick_jit(ddpg.update)(config, params, opt_state, batch, count)
+        got, got_opt_state, losses = jax.jit(ddpg.update)(config, params, opt_state, batch, count)
     target = np_target(config, params, batch)
     gradient = finite_differences(lambda x: np_critic_loss(x, batch, target), params.critic)
     critic, critic_adam = np_adam(config, opt_state.critic[0], params.critic, gradient)
@@ -107,7 +106,7 @@ def test_the_hand_worked_case_catches(tmp_path, old, new):
 def test_updates_are_counted_over_an_epoch():
     """Four iterations of five updates: with a period of 20 the targets are copied after the last, and only there."""
     config = replace(CONFIGS["ddpg"], num_envs=5, target_period=20, env="ClockTerminated-test", num_eval_episodes=1)
-    params = quick_jit(lambda key: ddpg.epoch(config, ddpg.init(config, key)))(random.key(0))[0].params
+    params = jax.jit(lambda key: ddpg.epoch(config, ddpg.init(config, key)))(random.key(0))[0].params
     assert_same((params.target_actor, params.target_critic), (params.actor, params.critic))
 
 
@@ -144,7 +143,7 @@ def test_noise_has_the_moments_of_the_discretized_process(theta, sigma, mu, dt):
 @pytest.mark.quick
 def test_noise_starts_anew_with_its_episode():
     config = replace(CONFIGS["ddpg"], env="ClockTerminated-test", ou_mu=0.25, num_steps=2)
-    state = quick_jit(ddpg.init)(config, random.key(0))
+    state = jax.jit(ddpg.init)(config, random.key(0))
     np.testing.assert_array_equal(state.noise, np.full((4, 1), 0.25))
     # in two steps of each environment the second and the fourth end: one at the second, one at the first
     env_state = state.env_state.replace(time=jnp.array([0, 8, 5, 9]))
@@ -162,8 +161,8 @@ def test_noise_starts_anew_with_its_episode():
 def test_exploration_adds_the_noise_to_the_actor_within_the_box():
     """The stored actions are the actor's plus a noise that drifts from one step to the next."""
     config = replace(CONFIGS["ddpg"], num_steps=4, buffer_size=80, ou_sigma=3.0)
-    before = quick_jit(ddpg.init)(config, random.key(0))
-    after = quick_jit(lambda state: ddpg.collect(config, state, ddpg.explore))(before)
+    before = jax.jit(ddpg.init)(config, random.key(0))
+    after = jax.jit(lambda state: ddpg.collect(config, state, ddpg.explore))(before)
     obs, action = after.buffer[64:80, :3], after.buffer[64:80, 3]
     noise = action - ddpg.greedy(config, before.params, obs)[:, 0]
     inside = np.abs(action) < 1

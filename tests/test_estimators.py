@@ -209,7 +209,7 @@ def test_edges_are_finite(distribution, params, shape):
 
 
 def closed_form_variances(theta, n):
-    """Of the naive, score-function and reparameterised estimates of x^2 theta's derivative, by quadrature."""
+    """Of the naive, score-function and reparameterized estimates of x^2 theta's derivative, by quadrature."""
     x, weights = np.polynomial.hermite_e.hermegauss(40)
     weights = weights / weights.sum()
     x = x + theta

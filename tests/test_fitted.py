@@ -1,7 +1,6 @@
 """The fitted-Q family: targets and losses by brute force, exact value iteration, Riccati's solution, and Pendulum."""
 
 import functools
-import itertools
 
 import gymnax
 import jax
@@ -16,11 +15,11 @@ from cases import (
     Clock,
     assert_close,
     assert_same,
+    fast_jit,
     load_broken,
     np_critic,
     np_mlp,
     programs,
-    quick_jit,
     replace,
 )
 from flax import struct
@@ -64,7 +63,7 @@ def on_grid(critic, obs):
 def check_target(name, module):
     config, params, (actor, critic), batch = hand_case(name, module)
     key = () if name == "nfqca" else (random.key(1),)
-    target = quick_jit(module.td_target)(config, params, batch, *key)
+    target = jax.jit(module.td_target)(config, params, batch, *key)
     q, own = (
         on_grid(critic, batch.next_obs),
         np_critic(critic, batch.next_obs, np.tanh(np_mlp(actor, batch.next_obs)[:, :1])),
@@ -153,7 +152,7 @@ def test_quadratic_fit_recovers_a_quadratic():
     targets = np.einsum("ni,ij,nj->n", x, form, x)
     batch = fqi.Transition(*map(jnp.asarray, (obs, action, targets, obs, targets)))
     config = fqi.Config(approximator="quadratic", ridge=0.0)
-    weights = quick_jit(fqi.fit_critic)(config, None, batch, jnp.asarray(targets), random.key(0))
+    weights = jax.jit(fqi.fit_critic)(config, None, batch, jnp.asarray(targets), random.key(0))
     np.testing.assert_allclose(fqi.critic(config, weights, batch.obs, batch.action), targets, atol=1e-3)
     features = np.asarray(fqi.quadratic_features(jnp.asarray(x[:, 1:])))
     np.testing.assert_allclose(weights, np.linalg.lstsq(features, targets)[0], atol=1e-3)
@@ -164,7 +163,7 @@ def test_a_full_batch_is_gradient_descent_on_the_mean_of_all():
     """Adam's first step, by hand: by the learning rate against the sign of the gradient."""
     config, params, (_, layers), batch = hand_case("fqi", fqi, batch_size=24, fit_steps=1)
     target = random.normal(random.key(2), (24,))
-    fit = quick_jit(fqi.fit_critic)
+    fit = jax.jit(fqi.fit_critic)
     fitted = fit(config, params.critic, batch, target, random.key(0))
     assert_same(fitted, fit(config, params.critic, batch, target, random.key(1)))  # nothing is drawn
     loss, q_value = fqi.critic_loss(params.critic, config, batch, target)
@@ -180,7 +179,7 @@ def test_from_scratch_forgets_the_parameters():
     for from_scratch in (True, False):
         fields = {"from_scratch": from_scratch, "fit_steps": 2, "hidden_sizes": (16, 16)}
         config, params, _, batch = hand_case("fqi", fqi, **fields)
-        other, fit = jax.tree.map(lambda x: x + 1, params.critic), quick_jit(fqi.fit_critic)
+        other, fit = jax.tree.map(lambda x: x + 1, params.critic), jax.jit(fqi.fit_critic)
         one, two = (fit(config, p, batch, jnp.ones(24), random.key(0)) for p in (params.critic, other))
         assert np.abs(one[0][0] - two[0][0]).max() == 0 if from_scratch else np.abs(one[0][0] - two[0][0]).max() > 0.5
 
@@ -254,7 +253,7 @@ EXACT = {
 
 @functools.cache
 def trainer(name):
-    return quick_jit(FITTED[name].train)
+    return jax.jit(FITTED[name].train)
 
 
 @functools.cache
@@ -372,17 +371,6 @@ def test_stops_where_nothing_changes_any_more(name):
     assert state.delta < 2e-3
 
 
-def test_vmap_over_configs_and_seeds_equals_separate_runs():
-    configs = [replace(CONFIGS["fqi"], gamma=gamma) for gamma in (0.5, 0.99)]
-    stacked = jax.tree.map(lambda *x: jnp.array(x), *configs)
-    over_seeds = jax.vmap(fqi.train, in_axes=(None, 0))
-    together = quick_jit(jax.vmap(over_seeds, in_axes=(0, None)))(stacked, jax.vmap(random.key)(jnp.arange(2)))
-    for i, seed in itertools.product(range(2), range(2)):
-        alone, _ = programs("fqi").train(configs[i], random.key(seed))
-        run = jax.tree.map(lambda x, i=i, seed=seed: x[i, seed], together[0])
-        assert_close(run.params.critic, alone.params.critic, rtol=1e-3, atol=1e-4)
-
-
 # The window of the amortized iteration
 
 
@@ -394,7 +382,7 @@ def test_the_window_holds_the_last_iterations():
     config = replace(CONFIGS["fqi_amortized"], exact_fraction=0.25, window=2, learning_rate=0.02)
     module, state = fqi_amortized, programs("fqi_amortized").init(CONFIGS["fqi_amortized"], random.key(0))
     state = state._replace(window=module.Window(jnp.zeros((3, 20, 1)), jnp.zeros(3, int)))
-    iteration, td_target, batch = quick_jit(module.iteration), quick_jit(module.td_target), state.base_points
+    iteration, td_target, batch = jax.jit(module.iteration), jax.jit(module.td_target), state.base_points
     given = {}
     for n in range(7):
         target, given[n] = td_target(config, state.params, batch, random.split(state.key, 4)[1])
@@ -417,7 +405,7 @@ def test_the_window_holds_the_last_iterations():
 def test_any_fraction_trains(fraction, num_exact):
     config = replace(CONFIGS["fqi_amortized"], exact_fraction=fraction, num_iterations=1, iterations_per_epoch=1)
     start = programs("fqi_amortized").init(CONFIGS["fqi_amortized"], random.key(0))
-    state, metrics = quick_jit(fqi_amortized.train)(config, random.key(0))
+    state, metrics = jax.jit(fqi_amortized.train)(config, random.key(0))
     assert state.window.actions.shape == (5, max(1, num_exact), 1)
     assert np.isfinite(metrics.eval_returns).all()
     pairs = zip(*map(jax.tree.leaves, (start.params.actor, state.params.actor)), strict=True)
@@ -447,7 +435,7 @@ def test_base_points_are_transitions_of_the_environment():
     theta = jnp.arctan2(points.obs[:, 1], points.obs[:, 0])
     _, states = jax.vmap(env.reset, in_axes=(0, None))(random.split(random.key(1), 80), env_params)
     states = states.replace(theta=theta, theta_dot=points.obs[:, 2], time=jnp.zeros(80, int))
-    step = quick_jit(jax.vmap(env.step, in_axes=(0, 0, 0, None)))
+    step = jax.jit(jax.vmap(env.step, in_axes=(0, 0, 0, None)))
     next_obs, _, reward, *_ = step(random.split(random.key(2), 80), states, 2 * points.action, env_params)
     np.testing.assert_allclose(points.next_obs, next_obs, atol=1e-4)
     np.testing.assert_allclose(points.reward, reward, atol=1e-4)
@@ -491,7 +479,7 @@ def test_rounds_add_base_points_of_the_policy():
 
 
 def write_file(path, env="Pendulum-v1"):
-    points = quick_jit(fqi.init)(replace(CONFIGS["fqi"], env=env), random.key(0)).base_points
+    points = jax.jit(fqi.init)(replace(CONFIGS["fqi"], env=env), random.key(0)).base_points
     np.savez(path, **{name: np.asarray(x) for name, x in points._asdict().items()})
     return points
 
@@ -501,7 +489,7 @@ def test_base_points_of_a_file_are_used_as_they_are(tmp_path):
     points = write_file(path)
     for name, module in FITTED.items():
         config = replace(CONFIGS[name], base_points=str(path), **({"rounds": 1} if name == "nfqca" else {}))
-        state = quick_jit(lambda key, config=config, module=module: module.init(config, key))(random.key(9))
+        state = jax.jit(lambda key, config=config, module=module: module.init(config, key))(random.key(9))
         assert_same(tuple(state.base_points), tuple(points))
 
 
@@ -567,7 +555,7 @@ def test_recovers_the_riccati_matrix(tmp_path, name, dims):
     own = {"beta": 0.2, "num_nodes": 24} if name == "soft_fqi" else {"maximizer_steps": 15}
     counts = {"num_iterations": 40, "iterations_per_epoch": 40}
     config = module.Config(env=ENV[dims], base_points=str(path), **(LINEAR | counts | own))
-    state, _ = quick_jit(lambda key: module.train(config, key))(random.key(0))
+    state, _ = jax.jit(lambda key: module.train(config, key))(random.key(0))
     solution = lqr.solve(params, 0.8, own.get("beta", 0.0))
     P, K, constant = riccati_of(state.params.critic, dims, params)
     assert relative(P, solution.P) < 1e-3
@@ -582,7 +570,7 @@ def test_amortized_policies_come_close_to_the_best_linear_quadratic_cost(name):
     module, params = FITTED[name], lqr.system(4)
     counts = {"num_iterations": 20, "iterations_per_epoch": 20, "fit_steps": 300, "num_base_points": 5000}
     config = module.Config(**(LINEAR | counts | {"env": "LQR4-v0", "exploration_range": 0.3}))
-    state, _ = jax.jit(module.train)(config, random.key(0))
+    state, _ = fast_jit(module.train)(config, random.key(0))
     K = jnp.asarray(lqr.solve(params, 0.8).K)
     cost = lambda policy: jax.jit(lambda key: lqr.simulate(params, policy, 0.8, key).mean())(random.key(1))
     ratio = cost(lambda s: module.act(config, state.params, s)) / cost(lambda s: -K @ s)
@@ -598,7 +586,7 @@ def test_learns_pendulum(name):
     counts = {"num_iterations": 20, "iterations_per_epoch": 20, "fit_steps": 300}
     own = {"exact_fraction": 0.3} if name == "fqi_amortized" else {"num_nodes": 12} if name == "soft_fqi" else {}
     config = FITTED[name].Config(num_base_points=5000, num_eval_episodes=16, **counts, **own)
-    _, metrics = jax.jit(FITTED[name].train)(config, random.key(1))
+    _, metrics = fast_jit(FITTED[name].train)(config, random.key(1))
     assert metrics.eval_returns[-1].mean() > -250
 
 

@@ -1,12 +1,13 @@
 """In place of the maximum over actions: solvers find known maxima, a policy ascends, integrals equal closed forms."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
 import scipy.special
 import scipy.stats
-from cases import load_broken, np_critic, quick_jit
+from cases import load_broken, np_critic
 from jax import random
 
 from amortax.algorithms import fqi, nfqca, soft_fqi
@@ -39,7 +40,7 @@ def check_maxima(fqi, solver, env):
     config = fqi.Config(
         env=env, approximator="quadratic", maximizer=solver, num_candidates=candidates, maximizer_steps=steps
     )
-    maximize = quick_jit(fqi.maximize)
+    maximize = jax.jit(fqi.maximize)
     for center, sizes in BOWLS[env]:
         weights, obs_dim = bowl(env, center, sizes)
         obs = random.normal(random.key(0), (50, obs_dim))
@@ -75,7 +76,7 @@ def test_maximizers_of_a_network_come_close_to_the_best_of_a_grid(solver):
     config = fqi.Config(maximizer=solver, hidden_sizes=(32, 32), **sizes)
     params = fqi.mlp_init(random.key(0), (4, 32, 32, 1))
     obs = random.normal(random.key(1), (200, 3))
-    actions = quick_jit(fqi.maximize)(config, params, obs, random.key(2))
+    actions = jax.jit(fqi.maximize)(config, params, obs, random.key(2))
     layers = [tuple(map(np.asarray, layer)) for layer in params]
     grid = np.linspace(-1, 1, 501)[:, None]
     q = np.stack([np_critic(layers, np.tile(s, (501, 1)), grid) for s in np.asarray(obs)])
@@ -89,7 +90,7 @@ def test_exhaustive_finds_the_best_discrete_action():
     config = fqi.Config(env="Acrobot-v1", maximizer="exhaustive")
     params = fqi.mlp_init(random.key(0), (6 + 3, 16, 1))
     obs = random.normal(random.key(1), (100, 6))
-    actions = quick_jit(fqi.maximize)(config, params, obs, random.key(2))
+    actions = jax.jit(fqi.maximize)(config, params, obs, random.key(2))
     codes = 2 * np.eye(3) - 1
     layers = [tuple(map(np.asarray, layer)) for layer in params]
     q = np.stack([np_critic(layers, obs, np.tile(code, (100, 1))) for code in codes], axis=1)
@@ -104,7 +105,7 @@ def test_nfqca_ascends_the_value_of_its_actions():
     """The policy finds the maximum of a bowl, inside and at the bound."""
     config = nfqca.Config(approximator="quadratic", fit_steps=500, learning_rate=1e-2)
 
-    @quick_jit
+    @jax.jit
     def ascend(weights, obs):
         loss = lambda params, rows: nfqca.actor_loss(params, weights, config, rows)
         batch = nfqca.Transition(obs, obs[:, :1], obs[:, 0], obs, obs[:, 0])
@@ -124,7 +125,7 @@ def test_nfqca_ascends_the_value_of_its_actions():
 @pytest.mark.quick
 def test_quadrature_of_a_quadratic_equals_its_closed_form():
     """beta log of the integral of exp(-(a - c)^2 / beta) over Pendulum's torques, [-2, 2], by the error function."""
-    soft_value = quick_jit(soft_fqi.soft_value)
+    soft_value = jax.jit(soft_fqi.soft_value)
     for center, beta in ((0.3, 0.2), (-1.5, 0.5), (0.0, 5.0)):
         weights, obs_dim = bowl("Pendulum-v1", [center / 2], [4.0])  # (a - c)^2 of a torque a = 2 * action
         config = soft_fqi.Config(approximator="quadratic", beta=beta)
@@ -140,7 +141,7 @@ def test_quadrature_of_a_network_equals_scipy():
     params = soft_fqi.mlp_init(random.key(3), (4, 16, 1))
     layers = [tuple(np.float64(x) for x in layer) for layer in params]
     obs = np.array([[0.1, -0.9, 0.5], [1.0, 0.3, -2.0]])
-    values = quick_jit(soft_fqi.soft_value)(config, soft_fqi.Params(None, params), jnp.asarray(obs), random.key(0))
+    values = jax.jit(soft_fqi.soft_value)(config, soft_fqi.Params(None, params), jnp.asarray(obs), random.key(0))
     for s, value in zip(obs, values, strict=True):
         density = lambda torque, s=s: np.exp(np_critic(layers, s[None], np.array([[torque / 2]]))[0] / 0.5)
         integral, _ = scipy.integrate.quad(density, -2, 2, limit=200)
@@ -153,7 +154,7 @@ def test_quadrature_in_two_dimensions():
     weights, obs_dim = bowl("Reacher-misc", [0.2, -0.5], [1.0, 2.0])
     config, env = soft_fqi.Config(env="Reacher-misc", approximator="quadratic", beta=0.5), fqi.make_env("Reacher-misc")
     params = soft_fqi.Params(None, weights)
-    value = quick_jit(soft_fqi.soft_value)(config, params, jnp.zeros((1, obs_dim)), random.key(0))[0]
+    value = jax.jit(soft_fqi.soft_value)(config, params, jnp.zeros((1, obs_dim)), random.key(0))[0]
     expected = 0.5 * np.log((env.rescale(jnp.ones(2)) - env.rescale(-jnp.ones(2))) / 2).sum()
     for center, size in ((0.2, 1.0), (-0.5, 2.0)):
         density = lambda a, center=center, size=size: np.exp(-size * (a - center) ** 2 / 0.5)
@@ -175,7 +176,7 @@ def test_every_integral_is_exact_for_the_boltzmann_policy(monkeypatch, integral)
 
     monkeypatch.setattr(soft_fqi, "critic", critic)
     obs = 0.3 * random.normal(random.key(1), (20, 3))
-    soft_value = quick_jit(lambda obs: soft_fqi.soft_value(config, soft_fqi.Params(policy, None), obs, random.key(2)))
+    soft_value = jax.jit(lambda obs: soft_fqi.soft_value(config, soft_fqi.Params(policy, None), obs, random.key(2)))
     np.testing.assert_allclose(soft_value(obs), np.full(20, 3), atol=5e-3)
 
 
@@ -186,7 +187,7 @@ def test_the_dual_of_another_policy_is_less_and_importance_sampling_is_not():
     value = {}
     for integral in ("quadrature", "importance", "dual"):
         config = soft_fqi.Config(approximator="quadratic", beta=0.3, integral=integral, num_samples=20_000)
-        values = quick_jit(soft_fqi.soft_value)(config, params, jnp.zeros((1, obs_dim)), random.key(0))
+        values = jax.jit(soft_fqi.soft_value)(config, params, jnp.zeros((1, obs_dim)), random.key(0))
         value[integral] = float(values[0])
     np.testing.assert_allclose(value["importance"], value["quadrature"], atol=0.01)
     # the difference is beta times the divergence of the policy from the Boltzmann policy, here by SciPy

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Table
+from cases import Table, fast_jit
 from PIL import Image
 
 from amortax.algorithms import td3
@@ -44,7 +44,7 @@ def save_untrained(folder, env):
 def pendulum(tmp_path_factory):
     """A run folder with one seed, trained until it swings up."""
     config = td3.Config(total_steps=4000, steps_per_epoch=3000, num_eval_episodes=1)
-    state, _ = jax.jit(td3.train)(config, jax.random.key(0))
+    state, _ = fast_jit(td3.train)(config, jax.random.key(0))
     run = tmp_path_factory.mktemp("runs") / "trained"
     save_run(run / "seed_0", config, jax.device_get(state.params))
     return run

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reproduce
-from cases import ALGORITHMS, CONFIGS, QUICK_FLAGS, replace
+from cases import ALGORITHMS, CONFIGS, replace
 from experiments import boltzmann, curves, study, training, value_bias
 from jax import random
 from PIL import Image
@@ -48,7 +48,6 @@ def work(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "WORK", folder)
         patch.setenv("JAX_NUM_CPU_DEVICES", "1")  # each device compiles for itself
-        patch.setenv("XLA_FLAGS", QUICK_FLAGS)
         yield folder
 
 

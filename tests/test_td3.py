@@ -9,12 +9,12 @@ from cases import (
     CONFIGS,
     assert_close,
     assert_same,
+    fast_jit,
     finite_differences,
     load_broken,
     np_adam,
     np_critics,
     np_mlp,
-    quick_jit,
     random_adam,
     random_batch,
     random_layers,
@@ -94,7 +94,7 @@ def test_the_hand_worked_case_leaves_nothing_out():
 def check_target(td3):
     config, params, _, batch, noise = hand_case()
     with jax.enable_x64(True):
-        target = quick_jit(td3.td_target)(config, params, batch, noise)
+        target = jax.jit(td3.td_target)(config, params, batch, noise)
     np.testing.assert_allclose(target, np_target(config, params, batch, noise), rtol=1e-12)
 
 
@@ -102,10 +102,10 @@ def check_losses(td3):
     config, params, _, batch, noise = hand_case()
     target = np_target(config, params, batch, noise)
     with jax.enable_x64(True):
-        (critic_loss, q_value), critic_grads = quick_jit(jax.value_and_grad(td3.critic_loss, has_aux=True))(
+        (critic_loss, q_value), critic_grads = jax.jit(jax.value_and_grad(td3.critic_loss, has_aux=True))(
             params.critic, config, batch, target
         )
-        actor_loss, actor_grads = quick_jit(jax.value_and_grad(td3.actor_loss))(
+        actor_loss, actor_grads = jax.jit(jax.value_and_grad(td3.actor_loss))(
             params.actor, params.critic, config, batch
         )
     np.testing.assert_allclose(q_value, np.mean(np_critics(params.critic, batch.obs, batch.action)), rtol=1e-12)
@@ -127,7 +127,7 @@ def test_target_and_losses_equal_the_hand_worked_case():
 def test_updates_equal_the_hand_worked_case():
     """With a delay of 3, the second update moves the critics alone, the third all: values, Adam's states, losses."""
     config, params, opt_state, batch, noise = hand_case()
-    update = quick_jit(td3.update)
+    update = jax.jit(td3.update)
     for count in (2, 3):
         with jax.enable_x64(True):
             got, got_opt_state, (critic_loss, q_value, actor_loss) = update(
@@ -180,7 +180,7 @@ def test_the_hand_worked_case_catches(tmp_path, check, old, new):
 def test_an_epoch_makes_its_updates(fields, critic_updates, actor_updates):
     """`utd_ratio` critic updates per environment step, and every `policy_delay`-th time one of the actor."""
     config = replace(CONFIGS["td3"], hidden_sizes=(4,), num_eval_episodes=1, env="ClockTerminated-test", **fields)
-    run = quick_jit(lambda key: td3.epoch(config, td3.init(config, key)))
+    run = jax.jit(lambda key: td3.epoch(config, td3.init(config, key)))
     state, _ = run(random.key(0))
     counts = state.opt_state.critic[0].count, state.opt_state.actor[0].count
     assert counts == (critic_updates, actor_updates)
@@ -223,6 +223,6 @@ def test_learns_pendulum():
         state, metrics = td3.train(config, key)
         return metrics.eval_returns.mean(), value_error(state.params)
 
-    returns, errors = jax.jit(lambda keys: lax.map(run, keys))(jax.vmap(random.key)(jnp.arange(3)))
+    returns, errors = fast_jit(lambda keys: lax.map(run, keys))(jax.vmap(random.key)(jnp.arange(3)))
     assert np.median(returns) > -180
     assert -80 < np.median(errors) < -8

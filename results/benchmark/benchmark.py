@@ -121,7 +121,8 @@ def worker_floor(name, fields):
 
     module, config = load(name, **fields)
     state = jax.jit(module.init)(config, random.key(0))
-    batch = module.sample(config, state.buffer, state.step, random.key(1))
+    (rows,) = module.sample_rows(config, state.buffer, state.step, random.key(1), 1)
+    batch = module.read(config, state.buffer, rows)
     noise = random.normal(random.key(2), (2, *batch.action.shape))
     inputs = {"ddpg": (), "td3": (noise[0],), "sac_value": (noise,), "sac": (noise,)}  # besides the batch
     counted = name in ("ddpg", "td3")  # which updates include the policy or the targets depends on their number
