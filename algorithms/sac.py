@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import distrax
 import gymnax
@@ -407,10 +407,13 @@ RULES = {
 def check(config):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
     for field in dataclasses.fields(config):
-        count = field.type in (int, tuple[int, ...])
+        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
         (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
-            if not isinstance(x, str | jax.core.Tracer) and not np.all(RULES[rule](x)):
+            if isinstance(x, str):
+                if field.type is not str and x not in choices:
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+            elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
 
