@@ -145,11 +145,6 @@ def assert_touches_batches_only(compiled, depth, num_seeds):
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * num_seeds * CAPACITY * WIDTH
 
 
-def test_train_of_one_seed():
-    compiled = jit(lambda key: td3.train(CONFIG, key)).lower(seed_key()).compile()
-    assert_touches_batches_only(compiled, depth=1, num_seeds=1)
-
-
 def test_train_of_eight_seeds_vmapped():
     compiled = jit(jax.vmap(lambda key: td3.train(CONFIG, key))).lower(seed_keys()).compile()
     assert_touches_batches_only(compiled, depth=1, num_seeds=8)
