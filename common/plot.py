@@ -19,6 +19,7 @@ COLORS = {  # one per algorithm, in all figures; color-blind safe (Okabe and Ito
     "nfqca": "#56B4E9",
     "soft_fqi": "#888888",
     "svg": "#882255",
+    "svg_model": "#44AA99",
     "reinforce": "#999933",
 }
 

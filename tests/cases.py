@@ -14,7 +14,7 @@ import optax
 from gymnax.environments import environment, spaces
 from jax import random
 
-from amortax.algorithms import ddpg, fqi, fqi_amortized, nfqca, reinforce, sac, sac_value, soft_fqi, svg, td3
+from amortax.algorithms import ddpg, fqi, fqi_amortized, nfqca, reinforce, sac, sac_value, soft_fqi, svg, svg_model, td3
 
 # 16 updates an epoch, two epochs, and a buffer that wraps around; most tests share its compiled programs
 SMALL = {
@@ -43,12 +43,14 @@ SMALL_SVG = {
     "num_rollouts": 3,
     "horizon": 4,
     "num_eval_episodes": 2,
+    "hidden_sizes": (8, 8),
+}
+SMALL_SVG_MODEL = SMALL_SVG | {
     "learning_starts": 40,
     "num_envs": 4,
     "buffer_size": 44,
     "batch_size": 8,
     "model_steps": 2,
-    "hidden_sizes": (8, 8),
 }
 SMALL_REINFORCE = {
     "total_steps": 64,
@@ -62,7 +64,7 @@ SMALL_REINFORCE = {
 }
 ACTOR_CRITIC = {"ddpg": ddpg, "td3": td3, "sac_value": sac_value, "sac": sac}
 FITTED = {"fqi": fqi, "fqi_amortized": fqi_amortized, "nfqca": nfqca, "soft_fqi": soft_fqi}
-ALGORITHMS = ACTOR_CRITIC | FITTED | {"reinforce": reinforce, "svg": svg}
+ALGORITHMS = ACTOR_CRITIC | FITTED | {"reinforce": reinforce, "svg": svg, "svg_model": svg_model}
 CONFIGS = {
     "ddpg": ddpg.Config(**SMALL, target_period=8),
     "td3": td3.Config(**SMALL),
@@ -73,7 +75,8 @@ CONFIGS = {
     "nfqca": nfqca.Config(**SMALL_FITTED, rounds=2),
     "soft_fqi": soft_fqi.Config(**SMALL_FITTED, integral="importance", num_samples=4),
     "reinforce": reinforce.Config(**SMALL_REINFORCE),
-    "svg": svg.Config(**SMALL_SVG, model="learned"),
+    "svg": svg.Config(**SMALL_SVG),
+    "svg_model": svg_model.Config(**SMALL_SVG_MODEL),
 }
 # for what two programs must have bitwise the same: without fusions, XLA's sums depend on what stands around them
 FUSIONS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}

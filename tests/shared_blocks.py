@@ -11,25 +11,25 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "algorithms"
-EVERY = "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi reinforce svg"
+EVERY = "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi reinforce svg svg_model"
 OFF_POLICY = "td3 ddpg sac_value sac"
-REPLAY = "td3 ddpg sac_value sac svg"
-BOX = "td3 ddpg sac_value sac nfqca svg"
+REPLAY = "td3 ddpg sac_value sac svg_model"
+BOX = "td3 ddpg sac_value sac nfqca svg svg_model"
 DISCRETE = "fqi fqi_amortized soft_fqi reinforce"
 FITTED = "fqi fqi_amortized nfqca soft_fqi"
 
 SHARED = [  # names of top-level definitions, and the files that have them; the first file is the reference
     ("mlp_init mlp act flatten evaluate check train", EVERY),
-    ("Transition", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi svg"),
+    ("Transition", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi svg_model"),
     ("optimizer apply_grads", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi"),
-    ("rollout", "td3 sac_value sac fqi fqi_amortized nfqca soft_fqi svg"),
+    ("rollout", "td3 sac_value sac fqi fqi_amortized nfqca soft_fqi svg_model"),
     ("greedy Env make_env", BOX),
     ("example store sample_rows read", REPLAY),
     ("critic num_epochs", OFF_POLICY),
     ("RULES num_iterations", "td3 ddpg sac_value sac reinforce"),
-    ("RULES", "td3 svg"),
+    ("RULES", "td3 svg svg_model"),
     ("State twin_critics critic_loss collect", "td3 sac_value sac"),
-    ("warm_up", "td3 sac_value sac svg"),
+    ("warm_up", "td3 sac_value sac svg_model"),
     ("OptState", "td3 ddpg reinforce"),
     ("actor", "td3 ddpg fqi_amortized nfqca"),
     ("explore", "td3 nfqca"),
@@ -40,10 +40,12 @@ SHARED = [  # names of top-level definitions, and the files that have them; the 
     ("RULES critic critic_init quadratic_features critic_loss fit fit_quadratic fit_critic collect load", FITTED),
     ("Params", "fqi_amortized nfqca soft_fqi"),
     ("random_policy project num_epochs epoch", "fqi fqi_amortized soft_fqi"),
-    ("num_epochs", "fqi svg"),
+    ("num_epochs", "fqi svg svg_model"),
     ("maximize maximize_gradient maximize_lbfgs maximize_cem maximize_grid", "fqi fqi_amortized"),
     ("maximize_exhaustive best MAXIMIZERS CHUNK MAX_GRID check_choices", "fqi fqi_amortized"),
-    ("apply_grads", "reinforce svg"),
+    ("apply_grads", "reinforce svg_model"),
+    ("apply_grads", "td3 svg"),
+    ("gaussian actor sample_action epoch", "svg svg_model"),
 ]
 
 

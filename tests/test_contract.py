@@ -64,7 +64,7 @@ def test_a_run_is_finite_and_its_metrics_have_an_axis_of_epochs(name):
         assert state.buffer.shape == (72, 9)
 
 
-@pytest.mark.parametrize("name", ["td3", "fqi", "svg"])
+@pytest.mark.parametrize("name", ["td3", "fqi", "svg_model"])
 def test_train_equals_init_and_epochs(name):
     """Bitwise; `train` is the same code in all files."""
     assert_same(run(name, 3, exact_jit), programs(name, exact_jit).train(CONFIGS[name], random.key(3)))

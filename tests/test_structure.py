@@ -14,16 +14,15 @@ import pytest
 from cases import ALGORITHMS, CONFIGS, FUSIONS, SMALL, replace
 from jax import lax, random
 
-from amortax.algorithms import ddpg, sac, sac_value, svg, td3
+from amortax.algorithms import ddpg, sac, sac_value, svg_model, td3
 from amortax.common import envs
 
 CAPACITY = 4 * 2027  # more than any other array of the programs has elements
 WIDTH = 2 * 3 + 1 + 2  # a transition of Pendulum-v1
 SIZES = SMALL | {"buffer_size": CAPACITY}
 CONFIG = td3.Config(**SIZES)
-SVG = {name: value for name, value in SIZES.items() if hasattr(svg.Config, name)}
+SVG = {name: value for name, value in SIZES.items() if hasattr(svg_model.Config, name)}
 SVG |= {
-    "model": "learned",
     "num_rollouts": 4,
     "horizon": 5,
     "num_iterations": 4,
@@ -37,10 +36,10 @@ every_algorithm = pytest.mark.parametrize(
         (td3, CONFIG),
         (sac_value, sac_value.Config(**SIZES)),
         (sac, sac.Config(**SIZES)),
-        (svg, svg.Config(**SVG)),
-        (svg, svg.Config(**SVG, noise="inferred")),
+        (svg_model, svg_model.Config(**SVG)),
+        (svg_model, svg_model.Config(**SVG, noise="inferred")),
     ],
-    ids=["ddpg", "td3", "sac_value", "sac", "svg", "svg-inferred"],
+    ids=["ddpg", "td3", "sac_value", "sac", "svg_model", "svg_model-inferred"],
 )
 
 # Opcodes that make no array of their own (what a fusion or a loop does is looked at inside), and those that write in
@@ -164,7 +163,7 @@ def test_epoch_of_one_seed(module, config):
     assert_touches_batches_only(compiled, depth=0, num_seeds=1)
 
 
-@pytest.mark.parametrize(("module", "config"), [(td3, CONFIG), (svg, svg.Config(**SVG, noise="inferred"))])
+@pytest.mark.parametrize(("module", "config"), [(td3, CONFIG), (svg_model, svg_model.Config(**SVG, noise="inferred"))])
 def test_epoch_of_eight_seeds_vmapped(module, config):
     """The delayed update stays a branch, and is no selection between the results of both."""
     states = jax.eval_shape(jax.vmap(lambda key: module.init(config, key)), seed_keys())
@@ -175,8 +174,8 @@ def test_epoch_of_eight_seeds_vmapped(module, config):
 
 @pytest.mark.parametrize(
     ("module", "config"),
-    [(td3, CONFIG), (sac, sac.Config(**SIZES)), (svg, svg.Config(**SVG))],
-    ids=["td3", "sac", "svg"],
+    [(td3, CONFIG), (sac, sac.Config(**SIZES)), (svg_model, svg_model.Config(**SVG))],
+    ids=["td3", "sac", "svg_model"],
 )
 def test_program_for_a_gpu_stays_on_it_and_batches_its_seeds(module, config):
     """Lowered for a GPU, which need not be there: nothing calls the host, and vmapping adds no loop over seeds."""
@@ -251,7 +250,7 @@ def test_reader_finds(step, opcode):
     ("name", "env"),
     [
         *(("td3", env) for env in (*envs.CONTINUOUS_ENVS, "LQR-v0")),
-        *((name, "PointRobot-misc") for name in ("ddpg", "sac_value", "sac", "svg", "nfqca", "fqi")),
+        *((name, "PointRobot-misc") for name in ("ddpg", "sac_value", "sac", "svg", "svg_model", "nfqca", "fqi")),
         ("fqi", "CartPole-v1"),
         ("reinforce", "CartPole-v1"),
         ("reinforce", "PointRobot-misc"),

@@ -27,7 +27,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER.parent
 ROOT = RESULTS.parent
-ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "svg")  # those with a replay buffer
+ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "svg_model")  # those with a replay buffer
 EVERY_ALGORITHM = ("fqi", "fqi_amortized", "nfqca", "soft_fqi", *ALGORITHMS, "reinforce")
 PEERS = {  # requirements for pip
     "rejax": ("rejax==0.1.3", "gymnax==0.0.9"),
@@ -52,8 +52,8 @@ def load(name, **fields):
     num_runs = fields.pop("num_seeds", 1)
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     epochs = {"steps_per_epoch": 2000, "total_steps": 2_001_000}
-    if name == "svg":
-        fields = {"model": "learned", "num_rollouts": 64} | fields
+    if name == "svg_model":
+        fields = {"num_rollouts": 64} | fields
         epochs = {"iterations_per_epoch": 200, "num_iterations": 200_000}
     config = module.Config(**epochs | fields)
     devices.set_up_backend(num_runs, devices.largest_product(config))
@@ -128,11 +128,11 @@ def worker_floor(name, fields):
     counted = name in ("ddpg", "td3")  # which updates include the policy or the targets depends on their number
 
     def update(carry, count):
-        if name == "svg":
+        if name == "svg_model":
             return update_svg(module, config, carry, batch, rollouts), None
         return module.update(config, *carry, batch, *inputs[name], *[count] * counted)[:2], None
 
-    if name == "svg":
+    if name == "svg_model":
         rollouts = module.sample_rollouts(config, state.params.model, state.buffer, state.step, random.key(2))
     updates = updates_per_epoch(config)
     every = lambda carry: jax.lax.scan(update, carry, 1 + jnp.arange(updates))[0]
@@ -368,7 +368,7 @@ def measure_floor(turns, pythons):
     for name in ALGORITHMS:
         for hidden in (64, 256):
             fields = {"hidden_sizes": [hidden, hidden]}
-            if name != "svg":
+            if name != "svg_model":
                 fields |= {"steps_per_epoch": 2000 if hidden == 64 else 1000}
             commands = command_of("epochs", name, fields), command_of("floor", name, fields)
             (whole, _), (floor, _) = take_turns(turns, *commands)
@@ -500,8 +500,8 @@ def machine():
 def table(measured):
     """The table in Markdown."""
     lines = [
-        "Pendulum-v1, default configurations except where stated, one update per environment step. svg learns its",
-        "model: per 20 environment steps one update of the policy, from 64 rollouts, and 8 updates of the model.",
+        "Pendulum-v1, default configurations except where stated, one update per environment step. svg_model makes, per",
+        "20 environment steps, one update of the policy, from 64 rollouts, and 8 updates of the model.",
         f"Medians of {measured['turns']} turns; memory is the peak of a process, first Amortax, then the peer. Peers:",
         f"{', '.join(measured['peers']) or 'not measured'}. {ABSENT}",
         "",

@@ -361,7 +361,7 @@ EXPERIMENTS = {
         cells=PATHWISE,
         measure=training.learning_curves,
         criterion=Criterion(
-            "for each environment: the return of SVG (pathwise gradient, true model), averaged over all evaluations as "
+            "for each environment: the return of SVG (pathwise gradient), averaged over all evaluations as "
             "a measure of sample efficiency, is above that of REINFORCE (score function, value baseline).",
             lambda rows: higher_over_training(rows, "svg", "reinforce"),
         ),

@@ -24,7 +24,7 @@ SHORTER = {  # flags of the others; Pendulum has their defaults
     "svg": "--num-iterations 480 --iterations-per-epoch 48",
     "reinforce": "--total-steps 102400 --steps-per-epoch 10240",
 }
-LEARNED = "--model learned --gamma 0.97 --num-rollouts 64"
+MODEL = "--gamma 0.97 --num-rollouts 64 --iterations-per-epoch 80"
 LQR_GAMMA = 0.9
 LQR_FLAGS = {  # for episodes of 20 steps and wide bounds of the actions
     **dict.fromkeys(FITTED, "--exploration-range 0.3"),
@@ -50,7 +50,7 @@ def runs(env):
     fitted = {name: f"{flags['fitted']} {nodes * (name == 'soft_fqi')}" for name in FITTED}
     cells = {name: run(name, STEPS[env]) for name in ACTOR_CRITICS}
     cells |= {name: run(name, flags) for name, flags in fitted.items()}
-    cells |= {"svg": run("svg", flags["svg"]), "svg learned": run("svg", f"{LEARNED} --iterations-per-epoch 80")}
+    cells |= {"svg": run("svg", flags["svg"]), "svg_model": run("svg_model", MODEL)}
     return cells | {"reinforce": run("reinforce", flags["reinforce"])}
 
 
@@ -86,10 +86,9 @@ def lqr_return(system):
 PANELS = {  # title: its algorithms, unit of progress, and what that is divided by
     "replay": (ACTOR_CRITICS, "environment steps (thousands)", 1e3),
     "fitted to random base points": (FITTED, "iterations", 1),
-    "policy gradients": (("svg", "svg learned", "reinforce"), "environment steps (thousands, log scale)", 1e3),
+    "policy gradients": (("svg", "svg_model", "reinforce"), "environment steps (thousands, log scale)", 1e3),
 }
 TICKS = {"Pendulum-v1": (-1500, -1000, -500, -300, -200, -150), "LQR-v0": (-100, -50, -20, -10, -5, -4)}
-NAMES = {"svg": "svg, true model", "svg learned": "svg, learned model"}
 
 
 def draw(env, rows):
@@ -98,8 +97,7 @@ def draw(env, rows):
     present = study.labels(rows)
     for axes, (title, (algorithms, unit, per)) in zip(panels[0], PANELS.items(), strict=True):
         for label in filter(present.__contains__, algorithms):
-            style = {"color": drawing.algorithm_color(label), "linestyle": "--" if label == "svg learned" else "-"}
-            drawing.draw_curve(axes, rows, label, NAMES.get(label, label), per=per, **style)
+            drawing.draw_curve(axes, rows, label, label, per=per, color=drawing.algorithm_color(label))
         drawing.draw_optimum(axes, optimum(env))
         axes.set(title=title, xlabel=unit)
         if "log" in unit:
@@ -135,7 +133,7 @@ QUICK = {  # every algorithm somewhere
     "Pendulum-v1": ("ddpg", "td3", "fqi", "svg"),
     "MountainCarContinuous-v0": ("nfqca",),
     "PointRobot-misc": ("sac_value",),
-    "Reacher-misc": ("sac", "svg learned"),
+    "Reacher-misc": ("sac", "svg_model"),
     "Swimmer-misc": ("fqi_amortized",),
     "LQR-v0": ("soft_fqi", "reinforce"),
 }
@@ -183,8 +181,8 @@ EXPERIMENTS = {
     "curves_point_robot": experiment(
         "PointRobot-misc", "The goal is not observed, so the policy can only search for it."
     ),
-    "curves_reacher": experiment("Reacher-misc", "SVG differentiates the true model, and takes many more steps."),
-    "curves_swimmer": experiment("Swimmer-misc", "SVG differentiates the true model, and takes many more steps."),
+    "curves_reacher": experiment("Reacher-misc", "SVG differentiates the environment, and takes many more steps."),
+    "curves_swimmer": experiment("Swimmer-misc", "SVG differentiates the environment, and takes many more steps."),
     "curves_lqr": experiment("LQR-v0", "The dashed line is the expected return of the Riccati gain, in closed form."),
     "curves_discrete": Experiment(
         title="Learning curves: discrete actions",

@@ -27,29 +27,29 @@ STYLES = {
 
 
 def setting(env, horizon, num_rollouts):
-    """`(config, params, first states, noise)` with half the optimal gain, as in the middle of learning."""
+    """`(config, the policy's parameters, first states, noise)` with half the optimal gain, as during learning."""
     system = gymnax.make(env)[1]
     gain = -0.5 * lqr.solve(system, GAMMA).K / lqr.ACTION_BOUND
     weights = jnp.concatenate([jnp.asarray(gain.T), jnp.zeros_like(gain.T)], axis=1)
     bias = jnp.concatenate([jnp.zeros(len(gain)), jnp.full(len(gain), jnp.log(STD / lqr.ACTION_BOUND))])
     config = svg.Config(env=env, num_rollouts=num_rollouts, horizon=horizon, gamma=GAMMA, hidden_sizes=())
-    return config, svg.Params([(weights, bias)], ()), *svg.sample_rollouts(config, (), (), 0, jax.random.key(0))
+    return config, [(weights, bias)], *svg.sample_rollouts(config, jax.random.key(0))
 
 
-def score_function_parts(config, params, start, noise):
+def score_function_parts(config, actor, start, noise):
     """Scores at each time of one rollout, a tree of `[horizon, ...]`, and discounted rewards-to-go `[horizon]`."""
-    obs_dim = params.actor[0][0].shape[0]
+    obs_dim = actor[0][0].shape[0]
 
     def log_prob(actor, obs, unsquashed):
-        mean, std = svg.gaussian(actor, obs)
+        mean, std = svg.gaussian(config, actor, obs)
         return jax.scipy.stats.norm.logpdf(unsquashed, mean, std).sum()
 
     def step(carry, noise):
         s, discount = carry
-        mean, std = svg.gaussian(params.actor, s[:obs_dim])
+        mean, std = svg.gaussian(config, actor, s[:obs_dim])
         unsquashed = mean + std * noise.policy
-        score = jax.grad(log_prob)(params.actor, s[:obs_dim], unsquashed)
-        s, reward, _ = svg.model_step(config, params.model, s, jnp.tanh(unsquashed), noise.model)
+        score = jax.grad(log_prob)(actor, s[:obs_dim], unsquashed)
+        s, reward, _ = svg.dynamics(config, s, jnp.tanh(unsquashed), noise.env)
         return (s, discount * config.gamma), (score, discount * reward)
 
     _, (scores, rewards) = jax.lax.scan(step, (start, 1.0), noise)
@@ -58,13 +58,13 @@ def score_function_parts(config, params, start, noise):
 
 def relative_variances(env, horizon, num_rollouts):
     """For each estimator in `STYLES`: summed variance of a rollout's gradient over the squared norm of its mean."""
-    config, params, starts, noises = setting(env, horizon, num_rollouts)
+    config, actor, starts, noises = setting(env, horizon, num_rollouts)
     over_rollouts = (None, None, 0, 0)
-    scores, to_go = jax.jit(jax.vmap(score_function_parts, in_axes=over_rollouts))(config, params, starts, noises)
+    scores, to_go = jax.jit(jax.vmap(score_function_parts, in_axes=over_rollouts))(config, actor, starts, noises)
     others = (to_go.sum(axis=0) - to_go) / (num_rollouts - 1)  # including the rollout's own reward would add a bias
     weigh = lambda weights: jax.tree.map(lambda x: jnp.einsum("nt...,nt->n...", x, weights), scores)
-    derivative = jax.vmap(jax.grad(svg.discounted_return), in_axes=(None, None, None, 0, 0))
-    pathwise = jax.jit(derivative)(params.actor, config, params.model, starts, noises)
+    derivative = jax.vmap(jax.grad(svg.discounted_return), in_axes=over_rollouts)
+    pathwise = jax.jit(derivative)(actor, config, starts, noises)
     flat = [
         np.concatenate([np.asarray(x, np.float64).reshape(num_rollouts, -1) for x in jax.tree.leaves(tree)], axis=1)
         for tree in (weigh(to_go), weigh(to_go - others), pathwise)

@@ -17,7 +17,6 @@ from amortax.common import devices
 from experiments import drawing, study, training
 from experiments.study import Experiment
 
-KINDS = {"manual": {"gradient": "manual"}, "autodiff": {}, "remat": {"remat": True}}
 STYLES = {
     "manual": {"color": drawing.BLUE, "marker": "o"},
     "autodiff": {"color": drawing.ORANGE, "marker": "s"},
@@ -31,16 +30,16 @@ REPEATS = 5
 def compile_gradients(hidden_sizes, horizon):
     """`(number of parameters, {kind: (call, temporary bytes)})`."""
     base = svg.Config(num_rollouts=16, hidden_sizes=hidden_sizes, horizon=horizon)
-    inputs = jax.jit(lambda config, key: (svg.init(config, key).params, *svg.sample_rollouts(config, (), (), 0, key)))
-    params, *drawn = inputs(base, jax.random.key(0))
+    inputs = jax.jit(lambda config, key: (svg.init(config, key).params.actor, *svg.sample_rollouts(config, key)))
+    actor, *drawn = inputs(base, jax.random.key(0))
     calls = {}
-    for kind, fields in KINDS.items():
-        arguments = dataclasses.replace(base, **fields), params, *drawn
+    for kind in STYLES:
+        arguments = actor, dataclasses.replace(base, gradient=kind), *drawn
         program = jax.jit(svg.policy_gradient, compiler_options=devices.cpu_compiler_options())
         compiled = program.lower(*arguments).compile()
         call = lambda compiled=compiled, arguments=arguments: jax.block_until_ready(compiled(*arguments))
         calls[kind] = call, compiled.memory_analysis().temp_size_in_bytes
-    return len(ravel_pytree(params.actor)[0]), calls
+    return len(ravel_pytree(actor)[0]), calls
 
 
 def measure(cell):
@@ -112,11 +111,11 @@ def table(rows):
     """Times and memory."""
     lines = [
         [f"{parameters:,.0f}", f"{horizon:.0f}"]
-        + [f"{x[kind]['milliseconds']:,.1f} ms" for kind in KINDS]
-        + [f"{x[kind]['mebibytes']:,.2f} MiB" for kind in KINDS]
+        + [f"{x[kind]['milliseconds']:,.1f} ms" for kind in STYLES]
+        + [f"{x[kind]['mebibytes']:,.2f} MiB" for kind in STYLES]
         for (parameters, horizon), x in by_size(rows).items()
     ]
-    return study.table(["parameters", "horizon", *KINDS, *KINDS], lines)
+    return study.table(["parameters", "horizon", *STYLES, *STYLES], lines)
 
 
 EXPERIMENTS = {
