@@ -19,13 +19,15 @@ DISCRETE = "fqi fqi_amortized soft_fqi reinforce"
 FITTED = "fqi fqi_amortized nfqca soft_fqi"
 
 SHARED = [  # names of top-level definitions, and the files that have them; the first file is the reference
-    ("mlp_init mlp act flatten evaluate check train", EVERY),
+    ("mlp_init mlp act flatten evaluate check", EVERY),
+    ("train", "td3 ddpg sac_value sac reinforce svg"),
     ("Transition", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi svg"),
     ("optimizer apply_grads", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi"),
     ("rollout", "td3 sac_value sac fqi fqi_amortized nfqca soft_fqi svg"),
     ("greedy Env make_env", BOX),
     ("example store sample", REPLAY),
-    ("critic num_epochs", OFF_POLICY),
+    ("critic", "td3 ddpg sac_value sac fqi_amortized nfqca"),
+    ("num_epochs", OFF_POLICY),
     ("RULES num_iterations", "td3 ddpg sac_value sac reinforce"),
     ("RULES", "td3 svg"),
     ("State twin_critics critic_loss collect", "td3 sac_value sac"),
@@ -37,12 +39,15 @@ SHARED = [  # names of top-level definitions, and the files that have them; the 
     ("explore iteration epoch", "sac_value sac"),
     ("epoch", "sac reinforce"),
     ("Env make_env", DISCRETE),
-    ("RULES critic critic_init quadratic_features critic_loss fit fit_quadratic fit_critic collect load", FITTED),
+    ("RULES critic_loss fit collect prepare train", FITTED),
+    ("repeat steps_per_round add_round num_epochs epoch", "fqi fqi_amortized nfqca"),
+    ("actor_init critic_init fit_critic", "fqi_amortized nfqca"),
+    ("critic critic_init quadratic_features fit_quadratic fit_critic", "fqi soft_fqi"),
     ("Params", "fqi_amortized nfqca soft_fqi"),
-    ("random_policy project num_epochs epoch", "fqi fqi_amortized soft_fqi"),
-    ("num_epochs", "fqi svg"),
-    ("maximize maximize_gradient maximize_lbfgs maximize_cem maximize_grid", "fqi fqi_amortized"),
-    ("maximize_exhaustive best MAXIMIZERS CHUNK MAX_GRID check_choices", "fqi fqi_amortized"),
+    ("random_policy project", "fqi fqi_amortized soft_fqi"),
+    ("num_epochs", "soft_fqi svg"),
+    ("CHUNK MAX_GRID maximize gradient_ascent lbfgs cross_entropy grid exhaustive import_solver", "fqi fqi_amortized"),
+    ("explore check_choices", "fqi fqi_amortized"),
     ("apply_grads", "reinforce svg"),
 ]
 

@@ -72,7 +72,7 @@ def test_command_is_accepted_by_its_parser(command, monkeypatch):
     else:
         module = importlib.import_module(f"amortax.algorithms.{'td3' if name == 'my_idea' else name}")
         assert name == "my_idea" or (ROOT / script).samefile(module.__file__)
-        cli.parse_run(module.Config)
+        cli.parse_run(module.Config, module.init)
 
 
 @pytest.mark.quick
@@ -85,7 +85,7 @@ def test_flags_and_links_name_what_exists():
     for anchor in re.findall(r"\]\(results/README.md#([\w-]+)\)", TEXT):
         assert anchor in headings, anchor
     classes = [module.Config for module in (*ALGORITHMS.values(), gradient_estimators)]
-    classes += [cli.Options, demo.Options, play.Play, reproduce.Reproduce]
+    classes += [cli.Options, cli.Data, demo.Options, play.Play, reproduce.Reproduce]
     flags = {f"--{field.name.replace('_', '-')}" for x in classes for field in dataclasses.fields(x)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
     assert named - flags - {"--help", "--peers"} == set()
