@@ -1,11 +1,12 @@
 """Fitted Q-iteration (FQI) with explicit optimization: a solver maximizes the Q-function over actions in each target.
 
-A fixed set of transitions, the base points, replaces the environment. Each iteration applies the Bellman optimality
-operator to the Q-function at the base points, with `maximize` as the maximum, and fits a new Q-function to the result.
+A set of transitions, the base points, replaces the environment. Each iteration applies the Bellman optimality operator
+to the Q-function at the base points, with `maximize` as the maximum, and fits a new Q-function to the result.
 
-    collect base points B = {(s, a, r, s', terminated)} with uniformly random actions
+    take base points B = {(s, a, r, s', terminated)}, by default collected with uniformly random actions
     initialize critic q
     repeat until delta < tolerance or num_iterations iterations:
+        every num_iterations / rounds iterations: add to B with a = maximize(q(s, .)) and exploration
         for each base point: y = r + gamma * (1 - terminated) * q(s', maximize(q(s', .)))
         q_new <- minimize mean (q_new(s, a) - y)^2 over B, from the parameters of q or from scratch
         delta <- mean (q_new(s, a~) - q(s, a~))^2 over the states of B with uniformly random actions a~
@@ -13,8 +14,9 @@ operator to the Q-function at the base points, with `maximize` as the maximum, a
     act by maximize(q(s, .))
 
 Sources: Ernst, Geurts, Wehenkel, "Tree-Based Batch Mode Reinforcement Learning" (JMLR 6, 2005), section 3.1;
-Riedmiller, "Neural Fitted Q Iteration" (ECML 2005); Antos, Munos, Szepesvari, "Fitted Q-iteration in continuous
-action-space MDPs" (NIPS 2007). For the maximizer `cem`: Rubinstein, Kroese, "The Cross-Entropy Method" (2004).
+Riedmiller, "Neural Fitted Q Iteration" (ECML 2005), section 3, also for the growing batch; Antos, Munos, Szepesvari,
+"Fitted Q-iteration in continuous action-space MDPs" (NIPS 2007). For the maximizer `cem`: Rubinstein, Kroese, "The
+Cross-Entropy Method" (2004).
 
 Differences from the papers:
 - Targets bootstrap through time limits, from the last observation before the reset.
@@ -24,9 +26,12 @@ Differences from the papers:
 
 import dataclasses
 import functools
+import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import gymnax
 import jax
@@ -44,26 +49,29 @@ MAX_GRID = 100_000  # points of a grid over actions
 class Config:
     """Hyperparameters. Static fields set shapes and loop lengths; the others can be traced, vmapped and swept.
 
-    Base points are rounded up to whole steps of num_envs environments, iterations to whole epochs.
+    Base points are rounded up to whole steps of num_envs environments in each round, iterations to whole epochs.
     """
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment, bounded continuous or Discrete actions
-    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, unless read from a file
-    base_points: str = jax.tree.static(default="")  # .npz file of base points: read, or written if it does not exist
+    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, in all rounds
+    rounds: int = jax.tree.static(default=1)  # collections of base points: the first random, the others by the policy
     num_iterations: int = jax.tree.static(default=50)  # fits of the critic, at most
     iterations_per_epoch: int = jax.tree.static(default=10)  # fits between evaluations
     num_envs: int = jax.tree.static(default=100)  # environments stepped in parallel
     num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
     approximator: Literal["mlp", "quadratic"] = jax.tree.static(default="mlp")  # network, or quadratic in (s, a)
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     fit_steps: int = jax.tree.static(default=1_000)  # Adam steps per fit
     batch_size: int = jax.tree.static(default=256)  # base points per Adam step, or all where there are no more
     from_scratch: bool = jax.tree.static(default=False)  # start each fit from new random weights
-    # solver of the maximum over actions: exhaustive for Discrete ones, the others for a Box, milp only in commands
-    maximizer: Literal["gradient", "lbfgs", "cem", "grid", "exhaustive", "milp"] = jax.tree.static(default="gradient")
+    # gradient, lbfgs, cem, grid or milp for a Box, exhaustive for Discrete actions, or your own solver module:function
+    maximizer: str = jax.tree.static(default="gradient")
     num_candidates: int = jax.tree.static(default=4)  # starting points, samples of cem, or grid points per dimension
     maximizer_steps: int = jax.tree.static(default=10)  # iterations of gradient, lbfgs and cem
     exploration_range: Annotated[float, "in (0, 1]"] = 1.0  # random actions of base points lie in [-range, range]
+    # after the first round: standard deviation of Gaussian exploration, or probability of a random Discrete action
+    exploration_noise: Annotated[float, ">= 0"] = 0.3
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size
     gamma: Annotated[float, "in [0, 1]"] = 0.97  # discount per environment step
     ridge: Annotated[float, ">= 0"] = 1e-6  # penalty on the squared weights of the quadratic fit
@@ -90,8 +98,9 @@ class State(NamedTuple):
     """Everything carried from one iteration to the next."""
 
     params: Params
-    base_points: Transition  # leading axis [num_base_points]
+    base_points: Transition  # leading axis [num_base_points], see `repeat`
     step: jax.Array  # [] int32, environment steps so far
+    epoch: jax.Array  # [] int32, epochs so far
     iteration: jax.Array  # [] int32, iterations so far
     delta: jax.Array  # [], mean squared change of the critic in the last iteration
     losses: Any  # (critic_loss, q_value) after the last iteration
@@ -120,10 +129,11 @@ def mlp_init(key, sizes):
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
 
-def mlp(params, x):
-    """Multilayer perceptron with ReLU: `[..., n]` to `[..., m]`."""
+def mlp(config, params, x):
+    """Multilayer perceptron: `[..., n]` to `[..., m]`."""
+    activation = getattr(jax.nn, config.activation)
     for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
+        x = activation(x @ w + b)
     w, b = params[-1]
     return x @ w + b
 
@@ -146,7 +156,7 @@ def critic_init(config, key):
 def critic(config, params, obs, action):
     """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
     x = jnp.concatenate([obs, action], axis=-1)
-    return quadratic_features(x) @ params if config.approximator == "quadratic" else mlp(params, x)[..., 0]
+    return quadratic_features(x) @ params if config.approximator == "quadratic" else mlp(config, params, x)[..., 0]
 
 
 # Learning
@@ -161,28 +171,43 @@ def td_target(config, params, batch, key):
 
 def maximize(config, critic_params, obs, key):
     """Actions `[..., action_dim]` of highest value at `obs [..., obs_dim]`; all states share the random candidates."""
-    solve = functools.partial(MAXIMIZERS[config.maximizer], config, critic_params, key=key)
+    env, n, num_steps = make_env(config.env), config.num_candidates, config.maximizer_steps
+    starts = random.uniform(key, (n, env.action_dim), minval=-1, maxval=1)
+
+    def solve(obs):
+        q = functools.partial(critic, config, critic_params, obs)
+        match config.maximizer:
+            case "gradient":
+                return gradient_ascent(q, starts, num_steps)
+            case "lbfgs":
+                return lbfgs(q, starts, num_steps)
+            case "cem":
+                return cross_entropy(q, key, env.action_dim, n, num_steps)
+            case "grid":
+                return grid(q, env.action_dim, n)
+            case "exhaustive":
+                return exhaustive(q, 2 * jnp.eye(env.action_dim) - 1)
+        return import_solver(config.maximizer)(q, config, critic_params, obs, key)
+
     actions = lax.map(solve, obs.reshape(-1, obs.shape[-1]), batch_size=CHUNK)
     return actions.reshape(*obs.shape[:-1], -1)
 
 
-def maximize_gradient(config, critic_params, obs, key):
-    """Projected gradient ascent from random starts, with step lengths that decrease from 0.5 to 0.01."""
-    q = functools.partial(critic, config, critic_params, obs)
+def gradient_ascent(q, starts, num_steps):
+    """Maximize `q: action -> value` by projected gradient ascent from `starts [n, action_dim]` in shrinking steps."""
 
     def step(actions, size):
         direction = jax.vmap(jax.grad(q))(actions)
         direction /= jnp.linalg.norm(direction, axis=1, keepdims=True) + 1e-12
         return jnp.clip(actions + size * direction, -1, 1), None
 
-    starts = random.uniform(key, (config.num_candidates, make_env(config.env).action_dim), minval=-1, maxval=1)
-    return best(q, lax.scan(step, starts, jnp.geomspace(0.5, 0.01, config.maximizer_steps))[0])
+    return exhaustive(q, lax.scan(step, starts, jnp.geomspace(0.5, 0.01, num_steps))[0])
 
 
-def maximize_lbfgs(config, critic_params, obs, key):
-    """L-BFGS from random starts over angles u with a = sin(u), which have no bounds and reach the bounds of a."""
+def lbfgs(q, starts, num_steps):
+    """Maximize `q` from `starts [n, action_dim]` by L-BFGS over angles, without bounds, whose sines are the actions."""
     solver = optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=8))
-    loss = lambda u: -critic(config, critic_params, obs, jnp.sin(u))
+    loss = lambda u: -q(jnp.sin(u))
 
     def step(carry, _):
         u, opt_state = carry
@@ -191,54 +216,43 @@ def maximize_lbfgs(config, critic_params, obs, key):
         return (optax.apply_updates(u, updates), opt_state), None
 
     def ascend(u):
-        (u, _), _ = lax.scan(step, (u, solver.init(u)), length=config.maximizer_steps)
+        (u, _), _ = lax.scan(step, (u, solver.init(u)), length=num_steps)
         return jnp.sin(u)
 
-    starts = random.uniform(key, (config.num_candidates, make_env(config.env).action_dim), minval=-1, maxval=1)
-    return best(functools.partial(critic, config, critic_params, obs), jax.vmap(ascend)(jnp.arcsin(starts)))
+    return exhaustive(q, jax.vmap(ascend)(jnp.arcsin(starts)))
 
 
-def maximize_cem(config, critic_params, obs, key):
-    """Cross-entropy method: a Gaussian fitted repeatedly to the best quarter of its samples; the best sample of all."""
-    q = functools.partial(critic, config, critic_params, obs)
+def cross_entropy(q, key, action_dim, num_samples, num_steps):
+    """Maximize `q` by a Gaussian that is fitted again and again to the best quarter of its samples."""
 
     def step(carry, key):
-        mean, std, best_so_far = carry
-        actions = jnp.clip(mean + std * random.normal(key, (config.num_candidates, *mean.shape)), -1, 1)
-        actions = jnp.concatenate([best_so_far[None], actions])
-        elite = actions[lax.top_k(jax.vmap(q)(actions), max(2, config.num_candidates // 4))[1]]
+        mean, std, best = carry
+        actions = jnp.clip(mean + std * random.normal(key, (num_samples, action_dim)), -1, 1)
+        actions = jnp.concatenate([best[None], actions])
+        elite = actions[lax.top_k(jax.vmap(q)(actions), max(2, num_samples // 4))[1]]
         return (elite.mean(axis=0), elite.std(axis=0), elite[0]), None
 
-    zero = jnp.zeros(make_env(config.env).action_dim)
-    return lax.scan(step, (zero, zero + 0.7, zero), random.split(key, config.maximizer_steps))[0][2]
+    zero = jnp.zeros(action_dim)
+    return lax.scan(step, (zero, zero + 0.7, zero), random.split(key, num_steps))[0][2]
 
 
-def maximize_grid(config, critic_params, obs, key):
-    """The best of `num_candidates` evenly spaced points per dimension, bounds included."""
-    axis = jnp.linspace(-1, 1, config.num_candidates)
-    axes = jnp.meshgrid(*[axis] * make_env(config.env).action_dim, indexing="ij")
-    actions = jnp.stack(axes, axis=-1).reshape(-1, len(axes))
-    return best(functools.partial(critic, config, critic_params, obs), actions)
+def grid(q, action_dim, num_points):
+    """Maximize `q` over `num_points` evenly spaced points per dimension, bounds included."""
+    axes = jnp.meshgrid(*[jnp.linspace(-1, 1, num_points)] * action_dim, indexing="ij")
+    return exhaustive(q, jnp.stack(axes, axis=-1).reshape(-1, action_dim))
 
 
-def maximize_exhaustive(config, critic_params, obs, key):
-    """The best of all Discrete actions."""
-    codes = 2 * jnp.eye(make_env(config.env).action_dim) - 1
-    return best(functools.partial(critic, config, critic_params, obs), codes)
-
-
-def best(q, actions):
-    """The action of highest value among `actions [n, action_dim]`."""
+def exhaustive(q, actions):
+    """Maximize `q` over `actions [n, action_dim]`."""
     return actions[jnp.argmax(jax.vmap(q)(actions))]
 
 
-MAXIMIZERS = {  # (config, critic_params, obs [obs_dim], key) -> action [action_dim]
-    "gradient": maximize_gradient,
-    "lbfgs": maximize_lbfgs,
-    "cem": maximize_cem,
-    "grid": maximize_grid,
-    "exhaustive": maximize_exhaustive,
-}
+@functools.cache
+def import_solver(name):
+    """A solver `(q, config, critic_params, obs, key) -> action` by `module:function`, also from the current folder."""
+    module, _, function = ("amortax.common.milp:maximize" if name == "milp" else name).partition(":")
+    sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module), function)
 
 
 def critic_loss(critic_params, config, batch, target):
@@ -295,6 +309,16 @@ def fit_critic(config, params, batch, target, key):
 def greedy(config, params, obs):
     """The maximizer's actions: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
     return maximize(config, params.critic, obs, random.key(0))
+
+
+def explore(config, params, obs, key):
+    """Greedy actions with Gaussian noise, or epsilon-greedy where they are Discrete."""
+    action = greedy(config, params, obs)
+    if make_env(config.env).discrete:
+        key, key_random = random.split(key)
+        is_random = random.bernoulli(key, config.exploration_noise, (*obs.shape[:-1], 1))
+        return jnp.where(is_random, random_policy(config, params, obs, key_random), action)
+    return project(config, action + config.exploration_noise * random.normal(key, action.shape))
 
 
 def random_policy(config, params, obs, key):
@@ -392,27 +416,36 @@ def collect(config, params, policy, num_steps, key):
     key_reset, key_rollout, key_order = random.split(key, 3)
     env_state, obs = jax.vmap(make_env(config.env).reset)(random.split(key_reset, config.num_envs))
     _, _, batch = rollout(config, params, policy, env_state, obs, random.split(key_rollout, num_steps))
-    # the last observation of a terminated episode may be NaN; targets ignore it, but a policy may be fitted there
-    next_obs = jnp.where(batch.terminated[..., None] & ~jnp.isfinite(batch.next_obs), 0, batch.next_obs)
     order = random.permutation(key_order, batch.reward.size)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order].astype(float), batch._replace(next_obs=next_obs))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order], batch)
 
 
-def load(config):
-    """The file's base points, an array for each field of `Transition`; ValueError where they do not fit."""
-    env = make_env(config.env)
-    try:
-        with np.load(config.base_points, allow_pickle=False) as file:
-            points = Transition(*(file[field].astype(np.float32) for field in Transition._fields))
-    except Exception as error:
-        raise ValueError(f"base_points={config.base_points}: not a file of base points: {error}") from error
-    n, found = points.reward.size, [x.shape for x in points]
-    expected = [(n, env.obs_dim), (n, env.action_dim), (n,), (n, env.obs_dim), (n,)]
-    if found != expected or n == 0:
-        raise ValueError(f"base_points={config.base_points}: must hold shapes {expected} for {config.env}, not {found}")
-    if not all(np.isfinite(x).all() for x in points) or np.abs(points.action).max() > 1:
-        raise ValueError(f"base_points={config.base_points}: must hold finite numbers, and actions in [-1, 1]")
-    return jax.tree.map(jnp.asarray, points)
+def prepare(base_points):
+    """Base points as floats, with zeros for a last observation that is NaN."""
+    # targets ignore it where the episode has terminated, but a policy may be fitted there
+    ignored = (base_points.terminated > 0)[..., None] & ~jnp.isfinite(base_points.next_obs)
+    base_points = base_points._replace(next_obs=jnp.where(ignored, 0, base_points.next_obs))
+    return Transition(*(jnp.array(x, float) for x in base_points))  # copies, since the state may be donated
+
+
+def repeat(base_points, num, capacity):
+    """The first `num` base points, again and again up to `capacity`, in the place of those that are still to come."""
+    return jax.tree.map(lambda x: x[jnp.arange(capacity) % num], base_points)
+
+
+def steps_per_round(config):
+    """The fewest steps of all environments that make a round of base points."""
+    return math.ceil(config.num_base_points / (config.rounds * config.num_envs))
+
+
+def add_round(config, state):
+    """Collect one more round of base points with the exploring policy: `State`."""
+    key, key_collect = random.split(state.key)
+    new = prepare(collect(config, state.params, explore, steps_per_round(config), key_collect))
+    insert = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, state.step, axis=0)
+    points, step = jax.tree.map(insert, state.base_points, new), state.step + len(new.reward)
+    points = repeat(points, step, len(points.reward))
+    return state._replace(base_points=points, step=step, delta=jnp.array(jnp.inf, float), key=key)
 
 
 # Training
@@ -462,61 +495,80 @@ RULES = {
 def check(config):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
     for field in dataclasses.fields(config):
-        count = field.type in (int, tuple[int, ...])
+        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
         (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
-            if not isinstance(x, str | jax.core.Tracer) and not np.all(RULES[rule](x)):
+            if isinstance(x, str):
+                if field.type is not str and x not in choices:
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+            elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
 
 def check_choices(config):
     """ValueError where the maximizer does not fit the actions, the critic or the memory."""
     env, solver = make_env(config.env), config.maximizer
-    fitting = [name for name in MAXIMIZERS if (name == "exhaustive") == env.discrete]
-    if solver not in fitting:
+    fitting = ["exhaustive"] if env.discrete else ["gradient", "lbfgs", "cem", "grid", "milp"]
+    if solver not in fitting and ":" not in solver:
         kind = "Discrete" if env.discrete else "a Box"
-        raise ValueError(f"maximizer={solver}: must be {', '.join(fitting)}: the actions of {config.env} are {kind}")
-    if solver == "milp" and config.approximator != "mlp":
-        raise ValueError(f"maximizer=milp: must be another for approximator={config.approximator}")
+        choices = f"{', '.join(fitting)} or module:function"
+        raise ValueError(f"maximizer={solver}: must be {choices}: the actions of {config.env} are {kind}")
     points = config.num_candidates**env.action_dim
     if solver == "grid" and points > MAX_GRID:
         raise ValueError(f"num_candidates={config.num_candidates}: must be less: a grid of {points} is too large")
 
+    def value(key):
+        params, obs = critic_init(config, key), jnp.zeros((1, env.obs_dim))
+        return critic(config, params, obs, maximize(config, params, obs, key))
+
+    try:
+        jax.eval_shape(value, random.key(0))
+    except Exception as error:  # a user's solver can be wrong in any way
+        raise ValueError(f"maximizer={solver}: {error}") from error
+
 
 def num_epochs(config):
-    """The fewest epochs that make `num_iterations` iterations."""
-    return math.ceil(config.num_iterations / config.iterations_per_epoch)
+    """The fewest epochs that make `num_iterations` iterations, as many in each round."""
+    return config.rounds * math.ceil(config.num_iterations / (config.rounds * config.iterations_per_epoch))
 
 
-def init(config, key):
-    """Base points and a new critic; ValueError where `config` does not fit."""
+def init(config, key, base_points=None):
+    """Base points and a new critic; ValueError where `config` does not fit.
+
+    `base_points` is a `Transition` with leading axis [n] and actions in [-1, 1]; None collects a first round at random.
+    """
     check(config)
     check_choices(config)
     key, key_eval, _, key_critic, key_base_points = random.split(key, 5)
-    num_steps = math.ceil(config.num_base_points / config.num_envs)
-    points = load(config) if config.base_points else collect(config, None, random_policy, num_steps, key_base_points)
+    if base_points is None:
+        base_points = collect(config, None, random_policy, steps_per_round(config), key_base_points)
+    num = len(base_points.reward)
+    points = repeat(prepare(base_points), num, num + (config.rounds - 1) * steps_per_round(config) * config.num_envs)
     params, losses = Params(critic_init(config, key_critic)), tuple(jnp.zeros(2))
-    step, delta = jnp.int32(len(points.reward)), jnp.array(jnp.inf, float)
-    return State(params, points, step, jnp.int32(0), delta, losses, key, key_eval)
+    step, delta = jnp.int32(num), jnp.array(jnp.inf, float)
+    return State(params, points, step, jnp.int32(0), jnp.int32(0), delta, losses, key, key_eval)
 
 
 def epoch(config, state):
     """`iterations_per_epoch` iterations, fewer if delta falls below `tolerance`, and evaluate: `(State, Metrics)`."""
+    if config.rounds > 1:
+        due = (state.epoch > 0) & (state.epoch % (num_epochs(config) // config.rounds) == 0)
+        state = lax.cond(due, functools.partial(add_round, config), lambda state: state, state)
     end = state.iteration + config.iterations_per_epoch
     unfinished = lambda state: (state.iteration < end) & (state.delta >= config.tolerance)
     state = lax.while_loop(unfinished, functools.partial(iteration, config), state)
     returns = evaluate(config, state.params, random.fold_in(state.key_eval, state.iteration))
-    return state, Metrics(state.step, returns, *state.losses, state.iteration, state.delta)
+    metrics = Metrics(state.step, returns, *state.losses, state.iteration, state.delta)
+    return state._replace(epoch=state.epoch + 1), metrics
 
 
-def train(config, key):
+def train(config, key, base_points=None):
     """A whole run, a pure function: `(State, Metrics)`, metrics with a leading axis `[num_epochs]`."""
-    return lax.scan(lambda state, _: epoch(config, state), init(config, key), length=num_epochs(config))
+    state = init(config, key, base_points)
+    return lax.scan(lambda state, _: epoch(config, state), state, length=num_epochs(config))
 
 
 if __name__ == "__main__":
-    from amortax.common import milp
     from amortax.common.run import main
 
-    MAXIMIZERS["milp"] = milp.maximize
     main(Config, init, epoch, num_epochs)

@@ -3,10 +3,11 @@
 Each iteration solves for the maximizing action at a fraction of the base points. The policy, `d` below and `pi` in most
 papers, regresses onto the solutions of the last iterations, a sliding window, and replaces the solver elsewhere.
 
-    collect base points B = {(s, a, r, s', terminated)} with uniformly random actions; B_opt: exact_fraction of them
+    take base points B = {(s, a, r, s', terminated)}, by default collected with uniformly random actions
     initialize critic q, actor d, an empty window D_d
     repeat until max(delta_q, delta_d) < tolerance or num_iterations iterations, n = 0, 1, ...:
-        for each base point: a* = maximize(q(s', .)) if it is in B_opt, else d(s')
+        every num_iterations / rounds iterations: add to B with a = d(s) and exploration, and empty D_d
+        for each base point: a* = maximize(q(s', .)) if it is in B_opt, exact_fraction of B, else d(s')
                              y  = r + gamma * (1 - terminated) * q(s', a*)
         D_d <- D_d and (s', a*, n) of B_opt, without what is older than n - window
         q_new <- minimize mean (q_new(s, a) - y)^2 over B, from the parameters of q or from scratch
@@ -21,15 +22,18 @@ in Machine Learning 16, 2023), section 2.2.1, for regression onto solutions.
 
 Differences from the papers:
 - Targets bootstrap through time limits, from the last observation before the reset.
-- B_opt is drawn once. If it is empty, exact_fraction = 0, there is nothing to fit the policy to: it stays random.
+- B_opt is the same in all iterations of a round.
 - Actions are scaled to [-1, 1]; Discrete ones are coded as vectors of -1 with a 1 in the action's place.
 """
 
 import dataclasses
 import functools
+import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import gymnax
 import jax
@@ -47,31 +51,32 @@ MAX_GRID = 100_000  # points of a grid over actions
 class Config:
     """Hyperparameters. Static fields set shapes and loop lengths; the others can be traced, vmapped and swept.
 
-    Base points are rounded up to whole steps of num_envs environments, iterations to whole epochs.
+    Base points are rounded up to whole steps of num_envs environments in each round, iterations to whole epochs.
     """
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment, bounded continuous or Discrete actions
-    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, unless read from a file
-    base_points: str = jax.tree.static(default="")  # .npz file of base points: read, or written if it does not exist
+    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, in all rounds
+    rounds: int = jax.tree.static(default=1)  # collections of base points: the first random, the others by the policy
     num_iterations: int = jax.tree.static(default=50)  # fits of the critic, at most
     iterations_per_epoch: int = jax.tree.static(default=10)  # fits between evaluations
     num_envs: int = jax.tree.static(default=100)  # environments stepped in parallel
     num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
-    approximator: Literal["mlp", "quadratic"] = jax.tree.static(default="mlp")  # network, or quadratic in (s, a)
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     fit_steps: int = jax.tree.static(default=1_000)  # Adam steps per fit
     batch_size: int = jax.tree.static(default=256)  # base points per Adam step, or all where there are no more
     from_scratch: bool = jax.tree.static(default=False)  # start each fit from new random weights
-    # solver of the maximum over actions: exhaustive for Discrete ones, the others for a Box, milp only in commands
-    maximizer: Literal["gradient", "lbfgs", "cem", "grid", "exhaustive", "milp"] = jax.tree.static(default="gradient")
+    # gradient, lbfgs, cem, grid or milp for a Box, exhaustive for Discrete actions, or your own solver module:function
+    maximizer: str = jax.tree.static(default="gradient")
     num_candidates: int = jax.tree.static(default=4)  # starting points, samples of cem, or grid points per dimension
     maximizer_steps: int = jax.tree.static(default=10)  # iterations of gradient, lbfgs and cem
-    exact_fraction: Annotated[float, "in [0, 1]"] = jax.tree.static(default=0.1)  # part of the base points to solve at
+    exact_fraction: Annotated[float, "in (0, 1]"] = jax.tree.static(default=0.1)  # part of the base points to solve at
     window: Annotated[int, ">= 0"] = jax.tree.static(default=4)  # earlier iterations whose solutions are kept
     exploration_range: Annotated[float, "in (0, 1]"] = 1.0  # random actions of base points lie in [-range, range]
+    # after the first round: standard deviation of Gaussian exploration, or probability of a random Discrete action
+    exploration_noise: Annotated[float, ">= 0"] = 0.3
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size
     gamma: Annotated[float, "in [0, 1]"] = 0.97  # discount per environment step
-    ridge: Annotated[float, ">= 0"] = 1e-6  # penalty on the squared weights of the quadratic fit
     tolerance: Annotated[float, ">= 0"] = 1e-9  # stop when delta_q and delta_d are smaller
 
 
@@ -92,20 +97,14 @@ class Params(NamedTuple):
     critic: Any
 
 
-class Window(NamedTuple):
-    """The solver's actions of the last `window + 1` iterations, a ring buffer; the first iteration fills all of it."""
-
-    actions: jax.Array  # [window + 1, num_exact, action_dim], at next_obs of the first num_exact base points
-    iteration: jax.Array  # [window + 1] int32, in which they were found
-
-
 class State(NamedTuple):
     """Everything carried from one iteration to the next."""
 
     params: Params
-    base_points: Transition  # leading axis [num_base_points]
-    window: Window
+    base_points: Transition  # leading axis [num_base_points], see `repeat`
+    window: jax.Array  # [window + 1, num_exact, action_dim], the solver's actions of the last iterations
     step: jax.Array  # [] int32, environment steps so far
+    epoch: jax.Array  # [] int32, epochs so far
     iteration: jax.Array  # [] int32, iterations so far
     delta: jax.Array  # [], the larger of delta_q and delta_d in the last iteration
     losses: Any  # (critic_loss, q_value, actor_loss) after the last iteration
@@ -135,19 +134,13 @@ def mlp_init(key, sizes):
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
 
-def mlp(params, x):
-    """Multilayer perceptron with ReLU: `[..., n]` to `[..., m]`."""
+def mlp(config, params, x):
+    """Multilayer perceptron: `[..., n]` to `[..., m]`."""
+    activation = getattr(jax.nn, config.activation)
     for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
+        x = activation(x @ w + b)
     w, b = params[-1]
     return x @ w + b
-
-
-def quadratic_features(x):
-    """All monomials of degree two or less: `[..., n]` to `[..., (n + 1) * (n + 2) / 2]`."""
-    x = jnp.concatenate([jnp.ones((*x.shape[:-1], 1)), x], axis=-1)
-    i, j = np.triu_indices(x.shape[-1])
-    return x[..., i] * x[..., j]
 
 
 def actor_init(config, key):
@@ -157,65 +150,78 @@ def actor_init(config, key):
 
 
 def critic_init(config, key):
-    """Random weights of the network, or zeros for the quadratic."""
-    n = make_env(config.env).obs_dim + make_env(config.env).action_dim
-    if config.approximator == "quadratic":
-        return jnp.zeros((n + 1) * (n + 2) // 2)
-    return mlp_init(key, (n, *config.hidden_sizes, 1))
+    """Random weights of the critic."""
+    env = make_env(config.env)
+    return mlp_init(key, (env.obs_dim + env.action_dim, *config.hidden_sizes, 1))
 
 
-def actor(params, obs):
+def actor(config, params, obs):
     """Deterministic policy: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return jnp.tanh(mlp(params, obs))
+    return jnp.tanh(mlp(config, params, obs))
 
 
 def critic(config, params, obs, action):
     """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
-    x = jnp.concatenate([obs, action], axis=-1)
-    return quadratic_features(x) @ params if config.approximator == "quadratic" else mlp(params, x)[..., 0]
+    return mlp(config, params, jnp.concatenate([obs, action], axis=-1))[..., 0]
 
 
 # Learning
 
 
 def td_target(config, params, batch, key):
-    """Value `[batch]` of the next action, and the solver's actions `[num_exact, action_dim]` at the first points."""
-    n = num_exact(config, len(batch.reward))
-    exact = maximize(config, params.critic, batch.next_obs[:n], key) if n else batch.action[:0]
-    next_action = jnp.concatenate([exact, greedy(config, params, batch.next_obs[n:])])
+    """Value `[batch]` of the next action, and the solver's actions `[num_exact, action_dim]` at the exact points."""
+    rows = exact_points(config, len(batch.reward))
+    exact = maximize(config, params.critic, batch.next_obs[rows], key)
+    next_action = greedy(config, params, batch.next_obs).at[rows].set(exact)
     next_q = critic(config, params.critic, batch.next_obs, next_action)
     return batch.reward + config.gamma * jnp.where(batch.terminated, 0, next_q), exact
 
 
-def num_exact(config, num_base_points):
-    """How many base points, the first ones, are B_opt."""
-    return round(config.exact_fraction * num_base_points)
+def exact_points(config, num_base_points):
+    """Indices `[num_exact]` of B_opt, evenly spaced so that all rounds have their share."""
+    num_exact = max(1, round(config.exact_fraction * num_base_points))
+    return np.arange(num_exact) * num_base_points // num_exact
 
 
 def maximize(config, critic_params, obs, key):
     """Actions `[..., action_dim]` of highest value at `obs [..., obs_dim]`; all states share the random candidates."""
-    solve = functools.partial(MAXIMIZERS[config.maximizer], config, critic_params, key=key)
+    env, n, num_steps = make_env(config.env), config.num_candidates, config.maximizer_steps
+    starts = random.uniform(key, (n, env.action_dim), minval=-1, maxval=1)
+
+    def solve(obs):
+        q = functools.partial(critic, config, critic_params, obs)
+        match config.maximizer:
+            case "gradient":
+                return gradient_ascent(q, starts, num_steps)
+            case "lbfgs":
+                return lbfgs(q, starts, num_steps)
+            case "cem":
+                return cross_entropy(q, key, env.action_dim, n, num_steps)
+            case "grid":
+                return grid(q, env.action_dim, n)
+            case "exhaustive":
+                return exhaustive(q, 2 * jnp.eye(env.action_dim) - 1)
+        return import_solver(config.maximizer)(q, config, critic_params, obs, key)
+
     actions = lax.map(solve, obs.reshape(-1, obs.shape[-1]), batch_size=CHUNK)
     return actions.reshape(*obs.shape[:-1], -1)
 
 
-def maximize_gradient(config, critic_params, obs, key):
-    """Projected gradient ascent from random starts, with step lengths that decrease from 0.5 to 0.01."""
-    q = functools.partial(critic, config, critic_params, obs)
+def gradient_ascent(q, starts, num_steps):
+    """Maximize `q: action -> value` by projected gradient ascent from `starts [n, action_dim]` in shrinking steps."""
 
     def step(actions, size):
         direction = jax.vmap(jax.grad(q))(actions)
         direction /= jnp.linalg.norm(direction, axis=1, keepdims=True) + 1e-12
         return jnp.clip(actions + size * direction, -1, 1), None
 
-    starts = random.uniform(key, (config.num_candidates, make_env(config.env).action_dim), minval=-1, maxval=1)
-    return best(q, lax.scan(step, starts, jnp.geomspace(0.5, 0.01, config.maximizer_steps))[0])
+    return exhaustive(q, lax.scan(step, starts, jnp.geomspace(0.5, 0.01, num_steps))[0])
 
 
-def maximize_lbfgs(config, critic_params, obs, key):
-    """L-BFGS from random starts over angles u with a = sin(u), which have no bounds and reach the bounds of a."""
+def lbfgs(q, starts, num_steps):
+    """Maximize `q` from `starts [n, action_dim]` by L-BFGS over angles, without bounds, whose sines are the actions."""
     solver = optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=8))
-    loss = lambda u: -critic(config, critic_params, obs, jnp.sin(u))
+    loss = lambda u: -q(jnp.sin(u))
 
     def step(carry, _):
         u, opt_state = carry
@@ -224,54 +230,43 @@ def maximize_lbfgs(config, critic_params, obs, key):
         return (optax.apply_updates(u, updates), opt_state), None
 
     def ascend(u):
-        (u, _), _ = lax.scan(step, (u, solver.init(u)), length=config.maximizer_steps)
+        (u, _), _ = lax.scan(step, (u, solver.init(u)), length=num_steps)
         return jnp.sin(u)
 
-    starts = random.uniform(key, (config.num_candidates, make_env(config.env).action_dim), minval=-1, maxval=1)
-    return best(functools.partial(critic, config, critic_params, obs), jax.vmap(ascend)(jnp.arcsin(starts)))
+    return exhaustive(q, jax.vmap(ascend)(jnp.arcsin(starts)))
 
 
-def maximize_cem(config, critic_params, obs, key):
-    """Cross-entropy method: a Gaussian fitted repeatedly to the best quarter of its samples; the best sample of all."""
-    q = functools.partial(critic, config, critic_params, obs)
+def cross_entropy(q, key, action_dim, num_samples, num_steps):
+    """Maximize `q` by a Gaussian that is fitted again and again to the best quarter of its samples."""
 
     def step(carry, key):
-        mean, std, best_so_far = carry
-        actions = jnp.clip(mean + std * random.normal(key, (config.num_candidates, *mean.shape)), -1, 1)
-        actions = jnp.concatenate([best_so_far[None], actions])
-        elite = actions[lax.top_k(jax.vmap(q)(actions), max(2, config.num_candidates // 4))[1]]
+        mean, std, best = carry
+        actions = jnp.clip(mean + std * random.normal(key, (num_samples, action_dim)), -1, 1)
+        actions = jnp.concatenate([best[None], actions])
+        elite = actions[lax.top_k(jax.vmap(q)(actions), max(2, num_samples // 4))[1]]
         return (elite.mean(axis=0), elite.std(axis=0), elite[0]), None
 
-    zero = jnp.zeros(make_env(config.env).action_dim)
-    return lax.scan(step, (zero, zero + 0.7, zero), random.split(key, config.maximizer_steps))[0][2]
+    zero = jnp.zeros(action_dim)
+    return lax.scan(step, (zero, zero + 0.7, zero), random.split(key, num_steps))[0][2]
 
 
-def maximize_grid(config, critic_params, obs, key):
-    """The best of `num_candidates` evenly spaced points per dimension, bounds included."""
-    axis = jnp.linspace(-1, 1, config.num_candidates)
-    axes = jnp.meshgrid(*[axis] * make_env(config.env).action_dim, indexing="ij")
-    actions = jnp.stack(axes, axis=-1).reshape(-1, len(axes))
-    return best(functools.partial(critic, config, critic_params, obs), actions)
+def grid(q, action_dim, num_points):
+    """Maximize `q` over `num_points` evenly spaced points per dimension, bounds included."""
+    axes = jnp.meshgrid(*[jnp.linspace(-1, 1, num_points)] * action_dim, indexing="ij")
+    return exhaustive(q, jnp.stack(axes, axis=-1).reshape(-1, action_dim))
 
 
-def maximize_exhaustive(config, critic_params, obs, key):
-    """The best of all Discrete actions."""
-    codes = 2 * jnp.eye(make_env(config.env).action_dim) - 1
-    return best(functools.partial(critic, config, critic_params, obs), codes)
-
-
-def best(q, actions):
-    """The action of highest value among `actions [n, action_dim]`."""
+def exhaustive(q, actions):
+    """Maximize `q` over `actions [n, action_dim]`."""
     return actions[jnp.argmax(jax.vmap(q)(actions))]
 
 
-MAXIMIZERS = {  # (config, critic_params, obs [obs_dim], key) -> action [action_dim]
-    "gradient": maximize_gradient,
-    "lbfgs": maximize_lbfgs,
-    "cem": maximize_cem,
-    "grid": maximize_grid,
-    "exhaustive": maximize_exhaustive,
-}
+@functools.cache
+def import_solver(name):
+    """A solver `(q, config, critic_params, obs, key) -> action` by `module:function`, also from the current folder."""
+    module, _, function = ("amortax.common.milp:maximize" if name == "milp" else name).partition(":")
+    sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module), function)
 
 
 def critic_loss(critic_params, config, batch, target):
@@ -280,9 +275,9 @@ def critic_loss(critic_params, config, batch, target):
     return jnp.square(q - target).mean(), q.mean()
 
 
-def actor_loss(actor_params, obs, action):
+def actor_loss(actor_params, config, obs, action):
     """Mean squared distance from the solver's actions."""
-    return jnp.square(actor(actor_params, obs) - action).sum(axis=1).mean()
+    return jnp.square(actor(config, actor_params, obs) - action).sum(axis=1).mean()
 
 
 def optimizer(config):
@@ -309,40 +304,20 @@ def fit(config, loss, params, data, key):
     return lax.scan(step, (params, optimizer(config).init(params)), random.split(key, config.fit_steps))[0][0]
 
 
-def fit_quadratic(config, batch, target):
-    """Ridge regression of `target` on quadratic features scaled to mean square 1, in closed form."""
-    x = quadratic_features(jnp.concatenate([batch.obs, batch.action], axis=1))
-    scale = jnp.sqrt(jnp.square(x).mean(axis=0)) + 1e-6
-    x /= scale
-    gram = x.T @ x / len(x) + config.ridge * jnp.eye(x.shape[1])
-    return jnp.linalg.solve(gram, x.T @ target / len(x)) / scale
-
-
 def fit_critic(config, params, batch, target, key):
     """New parameters of the critic."""
-    if config.approximator == "quadratic":
-        return fit_quadratic(config, batch, target)
     key, key_init = random.split(key)
     params = critic_init(config, key_init) if config.from_scratch else params
     return fit(config, lambda params, rows: critic_loss(params, config, *rows)[0], params, (batch, target), key)
 
 
-def window_add(window, iteration, actions):
-    """Replace the oldest actions by those of an iteration; in the first one, all."""
-    slots = len(window.iteration)
-    replaced = (jnp.arange(slots) == iteration % slots) | (iteration == 0)
-    kept = jnp.where(replaced[:, None, None], actions, window.actions)
-    return Window(kept, jnp.where(replaced, iteration, window.iteration))
-
-
 def fit_actor(config, params, window, obs, key):
     """New parameters of the actor and their loss: `(params, loss)`; `obs [num_exact, obs_dim]` go with the window."""
-    slots, n, action_dim = window.actions.shape
-    rows = jnp.tile(obs, (slots, 1)), window.actions.reshape(slots * n, action_dim)
+    rows = jnp.tile(obs, (len(window), 1)), window.reshape(-1, window.shape[-1])
     key, key_init = random.split(key)
     params = actor_init(config, key_init) if config.from_scratch else params
-    params = fit(config, lambda params, rows: actor_loss(params, *rows), params, rows, key)
-    return params, actor_loss(params, *rows)
+    params = fit(config, lambda params, rows: actor_loss(params, config, *rows), params, rows, key)
+    return params, actor_loss(params, config, *rows)
 
 
 # Policies
@@ -350,7 +325,17 @@ def fit_actor(config, params, window, obs, key):
 
 def greedy(config, params, obs):
     """The policy, projected: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return project(config, actor(params.actor, obs))
+    return project(config, actor(config, params.actor, obs))
+
+
+def explore(config, params, obs, key):
+    """Greedy actions with Gaussian noise, or epsilon-greedy where they are Discrete."""
+    action = greedy(config, params, obs)
+    if make_env(config.env).discrete:
+        key, key_random = random.split(key)
+        is_random = random.bernoulli(key, config.exploration_noise, (*obs.shape[:-1], 1))
+        return jnp.where(is_random, random_policy(config, params, obs, key_random), action)
+    return project(config, action + config.exploration_noise * random.normal(key, action.shape))
 
 
 def random_policy(config, params, obs, key):
@@ -448,27 +433,36 @@ def collect(config, params, policy, num_steps, key):
     key_reset, key_rollout, key_order = random.split(key, 3)
     env_state, obs = jax.vmap(make_env(config.env).reset)(random.split(key_reset, config.num_envs))
     _, _, batch = rollout(config, params, policy, env_state, obs, random.split(key_rollout, num_steps))
-    # the last observation of a terminated episode may be NaN; targets ignore it, but a policy may be fitted there
-    next_obs = jnp.where(batch.terminated[..., None] & ~jnp.isfinite(batch.next_obs), 0, batch.next_obs)
     order = random.permutation(key_order, batch.reward.size)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order].astype(float), batch._replace(next_obs=next_obs))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order], batch)
 
 
-def load(config):
-    """The file's base points, an array for each field of `Transition`; ValueError where they do not fit."""
-    env = make_env(config.env)
-    try:
-        with np.load(config.base_points, allow_pickle=False) as file:
-            points = Transition(*(file[field].astype(np.float32) for field in Transition._fields))
-    except Exception as error:
-        raise ValueError(f"base_points={config.base_points}: not a file of base points: {error}") from error
-    n, found = points.reward.size, [x.shape for x in points]
-    expected = [(n, env.obs_dim), (n, env.action_dim), (n,), (n, env.obs_dim), (n,)]
-    if found != expected or n == 0:
-        raise ValueError(f"base_points={config.base_points}: must hold shapes {expected} for {config.env}, not {found}")
-    if not all(np.isfinite(x).all() for x in points) or np.abs(points.action).max() > 1:
-        raise ValueError(f"base_points={config.base_points}: must hold finite numbers, and actions in [-1, 1]")
-    return jax.tree.map(jnp.asarray, points)
+def prepare(base_points):
+    """Base points as floats, with zeros for a last observation that is NaN."""
+    # targets ignore it where the episode has terminated, but a policy may be fitted there
+    ignored = (base_points.terminated > 0)[..., None] & ~jnp.isfinite(base_points.next_obs)
+    base_points = base_points._replace(next_obs=jnp.where(ignored, 0, base_points.next_obs))
+    return Transition(*(jnp.array(x, float) for x in base_points))  # copies, since the state may be donated
+
+
+def repeat(base_points, num, capacity):
+    """The first `num` base points, again and again up to `capacity`, in the place of those that are still to come."""
+    return jax.tree.map(lambda x: x[jnp.arange(capacity) % num], base_points)
+
+
+def steps_per_round(config):
+    """The fewest steps of all environments that make a round of base points."""
+    return math.ceil(config.num_base_points / (config.rounds * config.num_envs))
+
+
+def add_round(config, state):
+    """Collect one more round of base points with the exploring policy: `State`."""
+    key, key_collect = random.split(state.key)
+    new = prepare(collect(config, state.params, explore, steps_per_round(config), key_collect))
+    insert = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, state.step, axis=0)
+    points, step = jax.tree.map(insert, state.base_points, new), state.step + len(new.reward)
+    points = repeat(points, step, len(points.reward))
+    return state._replace(base_points=points, step=step, delta=jnp.array(jnp.inf, float), key=key)
 
 
 # Training
@@ -480,10 +474,11 @@ def iteration(config, state):
     batch, old = state.base_points, state.params
     target, exact = td_target(config, old, batch, key_target)
     critic_params = fit_critic(config, old.critic, batch, target, key_critic)
-    window, actor_params, error = state.window, old.actor, jnp.zeros(())
-    if len(exact):
-        window = window_add(window, state.iteration, exact)
-        actor_params, error = fit_actor(config, old.actor, window, batch.next_obs[: len(exact)], key_actor)
+    # the oldest actions make room for the new ones, and all of them where the base points are new
+    replaced = (jnp.arange(len(state.window)) == state.iteration % len(state.window)) | jnp.isinf(state.delta)
+    window = jnp.where(replaced[:, None, None], exact, state.window)
+    next_obs = batch.next_obs[exact_points(config, len(batch.reward))]
+    actor_params, error = fit_actor(config, old.actor, window, next_obs, key_actor)
     q, q_new = (critic(config, params, batch.obs, batch.action) for params in (old.critic, critic_params))
     losses = (*critic_loss(critic_params, config, batch, target), error)
     params, delta = Params(actor_params, critic_params), jnp.maximum(jnp.square(q_new - q).mean(), error)
@@ -522,63 +517,81 @@ RULES = {
 def check(config):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
     for field in dataclasses.fields(config):
-        count = field.type in (int, tuple[int, ...])
+        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
         (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
-            if not isinstance(x, str | jax.core.Tracer) and not np.all(RULES[rule](x)):
+            if isinstance(x, str):
+                if field.type is not str and x not in choices:
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+            elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
 
 def check_choices(config):
     """ValueError where the maximizer does not fit the actions, the critic or the memory."""
     env, solver = make_env(config.env), config.maximizer
-    fitting = [name for name in MAXIMIZERS if (name == "exhaustive") == env.discrete]
-    if solver not in fitting:
+    fitting = ["exhaustive"] if env.discrete else ["gradient", "lbfgs", "cem", "grid", "milp"]
+    if solver not in fitting and ":" not in solver:
         kind = "Discrete" if env.discrete else "a Box"
-        raise ValueError(f"maximizer={solver}: must be {', '.join(fitting)}: the actions of {config.env} are {kind}")
-    if solver == "milp" and config.approximator != "mlp":
-        raise ValueError(f"maximizer=milp: must be another for approximator={config.approximator}")
+        choices = f"{', '.join(fitting)} or module:function"
+        raise ValueError(f"maximizer={solver}: must be {choices}: the actions of {config.env} are {kind}")
     points = config.num_candidates**env.action_dim
     if solver == "grid" and points > MAX_GRID:
         raise ValueError(f"num_candidates={config.num_candidates}: must be less: a grid of {points} is too large")
 
+    def value(key):
+        params, obs = critic_init(config, key), jnp.zeros((1, env.obs_dim))
+        return critic(config, params, obs, maximize(config, params, obs, key))
+
+    try:
+        jax.eval_shape(value, random.key(0))
+    except Exception as error:  # a user's solver can be wrong in any way
+        raise ValueError(f"maximizer={solver}: {error}") from error
+
 
 def num_epochs(config):
-    """The fewest epochs that make `num_iterations` iterations."""
-    return math.ceil(config.num_iterations / config.iterations_per_epoch)
+    """The fewest epochs that make `num_iterations` iterations, as many in each round."""
+    return config.rounds * math.ceil(config.num_iterations / (config.rounds * config.iterations_per_epoch))
 
 
-def init(config, key):
-    """Base points and new networks; ValueError where `config` does not fit."""
+def init(config, key, base_points=None):
+    """Base points and new networks; ValueError where `config` does not fit.
+
+    `base_points` is a `Transition` with leading axis [n] and actions in [-1, 1]; None collects a first round at random.
+    """
     check(config)
     check_choices(config)
     key, key_eval, key_actor, key_critic, key_base_points = random.split(key, 5)
-    num_steps = math.ceil(config.num_base_points / config.num_envs)
-    points = load(config) if config.base_points else collect(config, None, random_policy, num_steps, key_base_points)
-    params = Params(actor_init(config, key_actor), critic_init(config, key_critic))
-    slots, n = config.window + 1, max(1, num_exact(config, len(points.reward)))  # an array without rows cannot be saved
-    window = Window(jnp.zeros((slots, n, points.action.shape[1])), jnp.zeros(slots, int))
-    step, losses = jnp.int32(len(points.reward)), tuple(jnp.zeros(3))
-    return State(params, points, window, step, jnp.int32(0), jnp.array(jnp.inf, float), losses, key, key_eval)
+    if base_points is None:
+        base_points = collect(config, None, random_policy, steps_per_round(config), key_base_points)
+    num = len(base_points.reward)
+    points = repeat(prepare(base_points), num, num + (config.rounds - 1) * steps_per_round(config) * config.num_envs)
+    params, losses = Params(actor_init(config, key_actor), critic_init(config, key_critic)), tuple(jnp.zeros(3))
+    window = jnp.zeros((config.window + 1, len(exact_points(config, len(points.reward))), points.action.shape[1]))
+    step, delta = jnp.int32(num), jnp.array(jnp.inf, float)
+    return State(params, points, window, step, jnp.int32(0), jnp.int32(0), delta, losses, key, key_eval)
 
 
 def epoch(config, state):
     """`iterations_per_epoch` iterations, fewer if delta falls below `tolerance`, and evaluate: `(State, Metrics)`."""
+    if config.rounds > 1:
+        due = (state.epoch > 0) & (state.epoch % (num_epochs(config) // config.rounds) == 0)
+        state = lax.cond(due, functools.partial(add_round, config), lambda state: state, state)
     end = state.iteration + config.iterations_per_epoch
     unfinished = lambda state: (state.iteration < end) & (state.delta >= config.tolerance)
     state = lax.while_loop(unfinished, functools.partial(iteration, config), state)
     returns = evaluate(config, state.params, random.fold_in(state.key_eval, state.iteration))
-    return state, Metrics(state.step, returns, *state.losses, state.iteration, state.delta)
+    metrics = Metrics(state.step, returns, *state.losses, state.iteration, state.delta)
+    return state._replace(epoch=state.epoch + 1), metrics
 
 
-def train(config, key):
+def train(config, key, base_points=None):
     """A whole run, a pure function: `(State, Metrics)`, metrics with a leading axis `[num_epochs]`."""
-    return lax.scan(lambda state, _: epoch(config, state), init(config, key), length=num_epochs(config))
+    state = init(config, key, base_points)
+    return lax.scan(lambda state, _: epoch(config, state), state, length=num_epochs(config))
 
 
 if __name__ == "__main__":
-    from amortax.common import milp
     from amortax.common.run import main
 
-    MAXIMIZERS["milp"] = milp.maximize
     main(Config, init, epoch, num_epochs)

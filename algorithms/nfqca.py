@@ -3,7 +3,7 @@
 Each iteration fits the Q-function to targets with the policy's own actions, then improves the policy by the gradient of
 the new Q-function through its actions. The policy is `d` below, `pi` in most papers.
 
-    collect base points B = {(s, a, r, s', terminated)} with uniformly random actions
+    take base points B = {(s, a, r, s', terminated)}, by default collected with uniformly random actions
     initialize critic q, actor d
     repeat until delta < tolerance or num_iterations iterations:
         every num_iterations / rounds iterations: add to B with a = clip(d(s) + exploration_noise * N(0, 1), -1, 1)
@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import gymnax
 import jax
@@ -41,27 +41,25 @@ from jax import lax, random
 class Config:
     """Hyperparameters. Static fields set shapes and loop lengths; the others can be traced, vmapped and swept.
 
-    Each round's base points are rounded up to whole steps of num_envs environments, its iterations to whole epochs.
+    Base points are rounded up to whole steps of num_envs environments in each round, iterations to whole epochs.
     """
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment with bounded continuous actions
-    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, unless read from a file
-    base_points: str = jax.tree.static(default="")  # .npz file of base points: read, or written if it does not exist
+    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, in all rounds
+    rounds: int = jax.tree.static(default=1)  # collections of base points: the first random, the others by the policy
     num_iterations: int = jax.tree.static(default=50)  # fits of the critic, at most
     iterations_per_epoch: int = jax.tree.static(default=10)  # fits between evaluations
     num_envs: int = jax.tree.static(default=100)  # environments stepped in parallel
     num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
-    approximator: Literal["mlp", "quadratic"] = jax.tree.static(default="mlp")  # network, or quadratic in (s, a)
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     fit_steps: int = jax.tree.static(default=1_000)  # Adam steps per fit
     batch_size: int = jax.tree.static(default=256)  # base points per Adam step, or all where there are no more
     from_scratch: bool = jax.tree.static(default=False)  # start each fit from new random weights
-    rounds: int = jax.tree.static(default=1)  # collections of base points: the first random, the others by the policy
     exploration_range: Annotated[float, "in (0, 1]"] = 1.0  # random actions of base points lie in [-range, range]
+    exploration_noise: Annotated[float, ">= 0"] = 0.3  # standard deviation of Gaussian exploration, actions in [-1, 1]
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size
     gamma: Annotated[float, "in [0, 1]"] = 0.97  # discount per environment step
-    ridge: Annotated[float, ">= 0"] = 1e-6  # penalty on the squared weights of the quadratic fit
-    exploration_noise: Annotated[float, ">= 0"] = 0.3  # standard deviation of Gaussian exploration, actions in [-1, 1]
     tolerance: Annotated[float, ">= 0"] = 1e-9  # stop when the critic's mean squared change is smaller
 
 
@@ -86,8 +84,9 @@ class State(NamedTuple):
     """Everything carried from one iteration to the next."""
 
     params: Params
-    base_points: Transition  # leading axis [num_base_points], copies of the first round in place of those to come
+    base_points: Transition  # leading axis [num_base_points], see `repeat`
     step: jax.Array  # [] int32, environment steps so far
+    epoch: jax.Array  # [] int32, epochs so far
     iteration: jax.Array  # [] int32, iterations so far
     delta: jax.Array  # [], mean squared change of the critic in the last iteration
     losses: Any  # (critic_loss, q_value, actor_loss) after the last iteration
@@ -117,38 +116,35 @@ def mlp_init(key, sizes):
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
 
-def mlp(params, x):
-    """Multilayer perceptron with ReLU: `[..., n]` to `[..., m]`."""
+def mlp(config, params, x):
+    """Multilayer perceptron: `[..., n]` to `[..., m]`."""
+    activation = getattr(jax.nn, config.activation)
     for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
+        x = activation(x @ w + b)
     w, b = params[-1]
     return x @ w + b
 
 
-def quadratic_features(x):
-    """All monomials of degree two or less: `[..., n]` to `[..., (n + 1) * (n + 2) / 2]`."""
-    x = jnp.concatenate([jnp.ones((*x.shape[:-1], 1)), x], axis=-1)
-    i, j = np.triu_indices(x.shape[-1])
-    return x[..., i] * x[..., j]
+def actor_init(config, key):
+    """Random weights of the policy."""
+    env = make_env(config.env)
+    return mlp_init(key, (env.obs_dim, *config.hidden_sizes, env.action_dim))
 
 
 def critic_init(config, key):
-    """Random weights of the network, or zeros for the quadratic."""
-    n = make_env(config.env).obs_dim + make_env(config.env).action_dim
-    if config.approximator == "quadratic":
-        return jnp.zeros((n + 1) * (n + 2) // 2)
-    return mlp_init(key, (n, *config.hidden_sizes, 1))
+    """Random weights of the critic."""
+    env = make_env(config.env)
+    return mlp_init(key, (env.obs_dim + env.action_dim, *config.hidden_sizes, 1))
 
 
-def actor(params, obs):
+def actor(config, params, obs):
     """Deterministic policy: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return jnp.tanh(mlp(params, obs))
+    return jnp.tanh(mlp(config, params, obs))
 
 
 def critic(config, params, obs, action):
     """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
-    x = jnp.concatenate([obs, action], axis=-1)
-    return quadratic_features(x) @ params if config.approximator == "quadratic" else mlp(params, x)[..., 0]
+    return mlp(config, params, jnp.concatenate([obs, action], axis=-1))[..., 0]
 
 
 # Learning
@@ -156,7 +152,7 @@ def critic(config, params, obs, action):
 
 def td_target(config, params, batch):
     """Value `[batch]` of the actor's next action."""
-    next_action = actor(params.actor, batch.next_obs)
+    next_action = actor(config, params.actor, batch.next_obs)
     next_q = critic(config, params.critic, batch.next_obs, next_action)
     return batch.reward + config.gamma * jnp.where(batch.terminated, 0, next_q)
 
@@ -169,7 +165,7 @@ def critic_loss(critic_params, config, batch, target):
 
 def actor_loss(actor_params, critic_params, config, batch):
     """Minus the critic's value of the actor's actions (deterministic policy gradient)."""
-    return -critic(config, critic_params, batch.obs, actor(actor_params, batch.obs)).mean()
+    return -critic(config, critic_params, batch.obs, actor(config, actor_params, batch.obs)).mean()
 
 
 def optimizer(config):
@@ -196,19 +192,8 @@ def fit(config, loss, params, data, key):
     return lax.scan(step, (params, optimizer(config).init(params)), random.split(key, config.fit_steps))[0][0]
 
 
-def fit_quadratic(config, batch, target):
-    """Ridge regression of `target` on quadratic features scaled to mean square 1, in closed form."""
-    x = quadratic_features(jnp.concatenate([batch.obs, batch.action], axis=1))
-    scale = jnp.sqrt(jnp.square(x).mean(axis=0)) + 1e-6
-    x /= scale
-    gram = x.T @ x / len(x) + config.ridge * jnp.eye(x.shape[1])
-    return jnp.linalg.solve(gram, x.T @ target / len(x)) / scale
-
-
 def fit_critic(config, params, batch, target, key):
     """New parameters of the critic."""
-    if config.approximator == "quadratic":
-        return fit_quadratic(config, batch, target)
     key, key_init = random.split(key)
     params = critic_init(config, key_init) if config.from_scratch else params
     return fit(config, lambda params, rows: critic_loss(params, config, *rows)[0], params, (batch, target), key)
@@ -219,7 +204,7 @@ def fit_critic(config, params, batch, target, key):
 
 def greedy(config, params, obs):
     """The policy without noise: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return actor(params.actor, obs)
+    return actor(config, params.actor, obs)
 
 
 def explore(config, params, obs, key):
@@ -310,37 +295,36 @@ def collect(config, params, policy, num_steps, key):
     key_reset, key_rollout, key_order = random.split(key, 3)
     env_state, obs = jax.vmap(make_env(config.env).reset)(random.split(key_reset, config.num_envs))
     _, _, batch = rollout(config, params, policy, env_state, obs, random.split(key_rollout, num_steps))
-    # the last observation of a terminated episode may be NaN; targets ignore it, but a policy may be fitted there
-    next_obs = jnp.where(batch.terminated[..., None] & ~jnp.isfinite(batch.next_obs), 0, batch.next_obs)
     order = random.permutation(key_order, batch.reward.size)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order].astype(float), batch._replace(next_obs=next_obs))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order], batch)
 
 
-def load(config):
-    """The file's base points, an array for each field of `Transition`; ValueError where they do not fit."""
-    env = make_env(config.env)
-    try:
-        with np.load(config.base_points, allow_pickle=False) as file:
-            points = Transition(*(file[field].astype(np.float32) for field in Transition._fields))
-    except Exception as error:
-        raise ValueError(f"base_points={config.base_points}: not a file of base points: {error}") from error
-    n, found = points.reward.size, [x.shape for x in points]
-    expected = [(n, env.obs_dim), (n, env.action_dim), (n,), (n, env.obs_dim), (n,)]
-    if found != expected or n == 0:
-        raise ValueError(f"base_points={config.base_points}: must hold shapes {expected} for {config.env}, not {found}")
-    if not all(np.isfinite(x).all() for x in points) or np.abs(points.action).max() > 1:
-        raise ValueError(f"base_points={config.base_points}: must hold finite numbers, and actions in [-1, 1]")
-    return jax.tree.map(jnp.asarray, points)
+def prepare(base_points):
+    """Base points as floats, with zeros for a last observation that is NaN."""
+    # targets ignore it where the episode has terminated, but a policy may be fitted there
+    ignored = (base_points.terminated > 0)[..., None] & ~jnp.isfinite(base_points.next_obs)
+    base_points = base_points._replace(next_obs=jnp.where(ignored, 0, base_points.next_obs))
+    return Transition(*(jnp.array(x, float) for x in base_points))  # copies, since the state may be donated
+
+
+def repeat(base_points, num, capacity):
+    """The first `num` base points, again and again up to `capacity`, in the place of those that are still to come."""
+    return jax.tree.map(lambda x: x[jnp.arange(capacity) % num], base_points)
+
+
+def steps_per_round(config):
+    """The fewest steps of all environments that make a round of base points."""
+    return math.ceil(config.num_base_points / (config.rounds * config.num_envs))
 
 
 def add_round(config, state):
     """Collect one more round of base points with the exploring policy: `State`."""
     key, key_collect = random.split(state.key)
-    num_steps = len(state.base_points.reward) // (config.rounds * config.num_envs)
-    new = collect(config, state.params, explore, num_steps, key_collect)
+    new = prepare(collect(config, state.params, explore, steps_per_round(config), key_collect))
     insert = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, state.step, axis=0)
-    base_points, step = jax.tree.map(insert, state.base_points, new), state.step + len(new.reward)
-    return state._replace(base_points=base_points, step=step, delta=jnp.array(jnp.inf, float), key=key)
+    points, step = jax.tree.map(insert, state.base_points, new), state.step + len(new.reward)
+    points = repeat(points, step, len(points.reward))
+    return state._replace(base_points=points, step=step, delta=jnp.array(jnp.inf, float), key=key)
 
 
 # Training
@@ -391,10 +375,13 @@ RULES = {
 def check(config):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
     for field in dataclasses.fields(config):
-        count = field.type in (int, tuple[int, ...])
+        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
         (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
-            if not isinstance(x, str | jax.core.Tracer) and not np.all(RULES[rule](x)):
+            if isinstance(x, str):
+                if field.type is not str and x not in choices:
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+            elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
 
@@ -403,37 +390,39 @@ def num_epochs(config):
     return config.rounds * math.ceil(config.num_iterations / (config.rounds * config.iterations_per_epoch))
 
 
-def init(config, key):
-    """The first round of base points, and new networks; ValueError where `config` does not fit."""
+def init(config, key, base_points=None):
+    """Base points and new networks; ValueError where `config` does not fit.
+
+    `base_points` is a `Transition` with leading axis [n] and actions in [-1, 1]; None collects a first round at random.
+    """
     check(config)
-    if config.base_points and config.rounds > 1:
-        raise ValueError(f"rounds={config.rounds}: must be 1 with base points from a file")
-    env, num_steps = make_env(config.env), math.ceil(config.num_base_points / (config.rounds * config.num_envs))
     key, key_eval, key_actor, key_critic, key_base_points = random.split(key, 5)
-    first = load(config) if config.base_points else collect(config, None, random_policy, num_steps, key_base_points)
-    points = jax.tree.map(lambda x: jnp.concatenate([x] * config.rounds), first)
-    actor_params = mlp_init(key_actor, (env.obs_dim, *config.hidden_sizes, env.action_dim))
-    params, losses = Params(actor_params, critic_init(config, key_critic)), tuple(jnp.zeros(3))
-    step, delta = jnp.int32(len(first.reward)), jnp.array(jnp.inf, float)
-    return State(params, points, step, jnp.int32(0), delta, losses, key, key_eval)
+    if base_points is None:
+        base_points = collect(config, None, random_policy, steps_per_round(config), key_base_points)
+    num = len(base_points.reward)
+    points = repeat(prepare(base_points), num, num + (config.rounds - 1) * steps_per_round(config) * config.num_envs)
+    params, losses = Params(actor_init(config, key_actor), critic_init(config, key_critic)), tuple(jnp.zeros(3))
+    step, delta = jnp.int32(num), jnp.array(jnp.inf, float)
+    return State(params, points, step, jnp.int32(0), jnp.int32(0), delta, losses, key, key_eval)
 
 
 def epoch(config, state):
     """`iterations_per_epoch` iterations, fewer if delta falls below `tolerance`, and evaluate: `(State, Metrics)`."""
     if config.rounds > 1:
-        iterations = config.iterations_per_epoch * num_epochs(config) // config.rounds  # of a round
-        due = (state.iteration > 0) & (state.iteration % iterations == 0)
+        due = (state.epoch > 0) & (state.epoch % (num_epochs(config) // config.rounds) == 0)
         state = lax.cond(due, functools.partial(add_round, config), lambda state: state, state)
     end = state.iteration + config.iterations_per_epoch
     unfinished = lambda state: (state.iteration < end) & (state.delta >= config.tolerance)
     state = lax.while_loop(unfinished, functools.partial(iteration, config), state)
     returns = evaluate(config, state.params, random.fold_in(state.key_eval, state.iteration))
-    return state, Metrics(state.step, returns, *state.losses, state.iteration, state.delta)
+    metrics = Metrics(state.step, returns, *state.losses, state.iteration, state.delta)
+    return state._replace(epoch=state.epoch + 1), metrics
 
 
-def train(config, key):
+def train(config, key, base_points=None):
     """A whole run, a pure function: `(State, Metrics)`, metrics with a leading axis `[num_epochs]`."""
-    return lax.scan(lambda state, _: epoch(config, state), init(config, key), length=num_epochs(config))
+    state = init(config, key, base_points)
+    return lax.scan(lambda state, _: epoch(config, state), state, length=num_epochs(config))
 
 
 if __name__ == "__main__":

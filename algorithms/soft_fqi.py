@@ -4,7 +4,7 @@ The log-integral beta * log of the integral of exp(q(s, a) / beta) over a is the
 entropy bonus of beta per nat; it becomes the maximum as beta goes to 0. It is computed by quadrature, or from samples
 of a policy `d` (`pi` in most papers), fitted to the Boltzmann policy, by importance sampling or in its dual form.
 
-    collect base points B = {(s, a, r, s', terminated)} with uniformly random actions
+    take base points B = {(s, a, r, s', terminated)}, by default collected with uniformly random actions
     initialize critic q, actor d
     repeat until delta < tolerance or num_iterations iterations:
         for each base point: y = r + gamma * (1 - terminated) * v(s'), where v(s') is, by the choice of `integral`,
@@ -31,7 +31,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import distrax
 import gymnax
@@ -55,14 +55,14 @@ class Config:
     """
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment, bounded continuous or Discrete actions
-    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, unless read from a file
-    base_points: str = jax.tree.static(default="")  # .npz file of base points: read, or written if it does not exist
+    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect
     num_iterations: int = jax.tree.static(default=50)  # fits of the critic, at most
     iterations_per_epoch: int = jax.tree.static(default=10)  # fits between evaluations
     num_envs: int = jax.tree.static(default=100)  # environments stepped in parallel
     num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
     approximator: Literal["mlp", "quadratic"] = jax.tree.static(default="mlp")  # network, or quadratic in (s, a)
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     fit_steps: int = jax.tree.static(default=1_000)  # Adam steps per fit
     batch_size: int = jax.tree.static(default=256)  # base points per Adam step, or all where there are no more
     from_scratch: bool = jax.tree.static(default=False)  # start each fit from new random weights
@@ -129,10 +129,11 @@ def mlp_init(key, sizes):
     return [(normal(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:], strict=True)]
 
 
-def mlp(params, x):
-    """Multilayer perceptron with ReLU: `[..., n]` to `[..., m]`."""
+def mlp(config, params, x):
+    """Multilayer perceptron: `[..., n]` to `[..., m]`."""
+    activation = getattr(jax.nn, config.activation)
     for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
+        x = activation(x @ w + b)
     w, b = params[-1]
     return x @ w + b
 
@@ -144,6 +145,12 @@ def quadratic_features(x):
     return x[..., i] * x[..., j]
 
 
+def actor_init(config, key):
+    """Random weights of the policy."""
+    env = make_env(config.env)
+    return mlp_init(key, (env.obs_dim, *config.hidden_sizes, 2 * env.action_dim))
+
+
 def critic_init(config, key):
     """Random weights of the network, or zeros for the quadratic."""
     n = make_env(config.env).obs_dim + make_env(config.env).action_dim
@@ -152,32 +159,32 @@ def critic_init(config, key):
     return mlp_init(key, (n, *config.hidden_sizes, 1))
 
 
-def policy(params, obs):
+def policy(config, params, obs):
     """Gaussian before squashing: `obs [..., obs_dim]` to a distribution over `[..., action_dim]`."""
-    mean, log_std = jnp.split(mlp(params, obs), 2, axis=-1)
+    mean, log_std = jnp.split(mlp(config, params, obs), 2, axis=-1)
     return distrax.MultivariateNormalDiag(mean, jnp.exp(jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)))
 
 
-def sample_action(params, obs, noise):
+def sample_action(config, params, obs, noise):
     """Squashed `mean + std * noise` and its log-density: `noise [..., action_dim]` to `([..., action_dim], [...])`.
 
     Computed from the action before squashing, since the inverse of tanh loses all digits where |action| nears 1.
     """
-    gaussian = policy(params, obs)
+    gaussian = policy(config, params, obs)
     unsquashed = gaussian.mean() + gaussian.stddev() * noise
     action, log_det = distrax.Block(distrax.Tanh(), ndims=1).forward_and_log_det(unsquashed)
     return action, gaussian.log_prob(unsquashed) - log_det
 
 
-def actor(params, obs):
+def actor(config, params, obs):
     """Squashed mean of the policy: `obs [..., obs_dim]` to actions `[..., action_dim]` in [-1, 1]."""
-    return jnp.tanh(policy(params, obs).mean())
+    return jnp.tanh(policy(config, params, obs).mean())
 
 
 def critic(config, params, obs, action):
     """Action value: `obs [..., obs_dim]`, `action [..., action_dim]` to `[...]`."""
     x = jnp.concatenate([obs, action], axis=-1)
-    return quadratic_features(x) @ params if config.approximator == "quadratic" else mlp(params, x)[..., 0]
+    return quadratic_features(x) @ params if config.approximator == "quadratic" else mlp(config, params, x)[..., 0]
 
 
 # Learning
@@ -190,31 +197,34 @@ def td_target(config, params, batch, key):
 
 
 def soft_value(config, params, obs, key):
-    """Soft values `[n]` of `obs [n, obs_dim]`, by one of the functions below for each `obs [obs_dim]`."""
-    value, keys = VALUES[config.integral], random.split(key, len(obs))
-    return lax.map(lambda x: value(config, params, *x), (obs, keys), batch_size=CHUNK)
+    """Soft values `[n]` of `obs [n, obs_dim]` by `config.integral`."""
+
+    def value(inputs):
+        obs, key = inputs
+        q = functools.partial(critic, config, params.critic, obs)
+        if config.integral == "quadrature":
+            return quadrature(q, config.beta, *nodes(config))
+        noise = random.normal(key, (config.num_samples, make_env(config.env).action_dim))
+        actions, log_prob = sample_action(config, params.actor, obs, noise)
+        estimate = importance if config.integral == "importance" else dual
+        return estimate(q, config.beta, actions, log_scale(config) - log_prob)
+
+    return lax.map(value, (obs, random.split(key, len(obs))), batch_size=CHUNK)
 
 
-def value_by_quadrature(config, params, obs, key):
-    """Log-integral of exp(q / beta), times beta."""
-    actions, log_weights = nodes(config)
-    q = q_values(config, params.critic, obs, actions)
-    return config.beta * jax.nn.logsumexp(q / config.beta + log_weights)
+def quadrature(q, beta, actions, log_weights):
+    """Log-integral of exp(q / beta), times beta, by nodes `actions [n, action_dim]` and their `log_weights [n]`."""
+    return beta * jax.nn.logsumexp(jax.vmap(q)(actions) / beta + log_weights)
 
 
-def value_by_importance(config, params, obs, key):
-    """The same from weighted samples of the policy: unbiased inside the logarithm."""
-    q, log_prob = samples(config, params, obs, key)
-    return config.beta * (jax.nn.logsumexp(q / config.beta - log_prob) - jnp.log(config.num_samples))
+def importance(q, beta, actions, log_weights):
+    """The same from samples, whose weights are 1 / density: unbiased inside the logarithm."""
+    return beta * (jax.nn.logsumexp(jax.vmap(q)(actions) / beta + log_weights) - jnp.log(len(actions)))
 
 
-def value_by_dual(config, params, obs, key):
-    """Expected value of the policy with its entropy bonus: a lower bound, exact for the Boltzmann policy."""
-    q, log_prob = samples(config, params, obs, key)
-    return (q - config.beta * log_prob).mean()
-
-
-VALUES = {"quadrature": value_by_quadrature, "importance": value_by_importance, "dual": value_by_dual}
+def dual(q, beta, actions, log_weights):
+    """Mean value of samples plus beta times their entropy: a lower bound, exact for the Boltzmann policy."""
+    return (jax.vmap(q)(actions) + beta * log_weights).mean()
 
 
 def nodes(config):
@@ -228,23 +238,11 @@ def nodes(config):
     return jnp.asarray(actions, float), jnp.asarray(log_weights.sum(axis=1), float) + log_scale(config)
 
 
-def samples(config, params, obs, key):
-    """Values `[num_samples]` of the policy's actions, and their log-densities in the environment's units."""
-    noise = random.normal(key, (config.num_samples, make_env(config.env).action_dim))
-    actions, log_prob = sample_action(params.actor, obs, noise)
-    return q_values(config, params.critic, obs, actions), log_prob - log_scale(config)
-
-
 def log_scale(config):
     """Logarithm of the volume in the environment's units of a unit of volume in [-1, 1]."""
     env = make_env(config.env)
     low, high = env.rescale(-jnp.ones(env.action_dim)), env.rescale(jnp.ones(env.action_dim))
     return jnp.log((high - low) / 2).sum()
-
-
-def q_values(config, critic_params, obs, actions):
-    """Values `[n]` of `actions [n, action_dim]` at `obs [obs_dim]`."""
-    return jax.vmap(functools.partial(critic, config, critic_params, obs))(actions)
 
 
 def critic_loss(critic_params, config, batch, target):
@@ -255,7 +253,7 @@ def critic_loss(critic_params, config, batch, target):
 
 def actor_loss(actor_params, critic_params, config, batch, noise):
     """KL divergence from the Boltzmann policy, up to a constant, with standard normal `noise [batch, action_dim]`."""
-    action, log_prob = sample_action(actor_params, batch.next_obs, noise)
+    action, log_prob = sample_action(config, actor_params, batch.next_obs, noise)
     return (config.beta * log_prob - critic(config, critic_params, batch.next_obs, action)).mean()
 
 
@@ -316,10 +314,14 @@ def fit_actor(config, params, critic_params, batch, key):
 def greedy(config, params, obs):
     """Mean of the Boltzmann policy by quadrature, or of the policy, squashed: `obs [..., obs_dim]` to actions."""
     if config.integral != "quadrature":
-        return actor(params.actor, obs)
+        return actor(config, params.actor, obs)
     actions, log_weights = nodes(config)
-    weights = lambda obs: jax.nn.softmax(q_values(config, params.critic, obs, actions) / config.beta + log_weights)
-    return project(config, jnp.vectorize(weights, signature="(i)->(j)")(obs) @ actions)
+
+    def boltzmann_mean(obs):
+        q = jax.vmap(functools.partial(critic, config, params.critic, obs))(actions)
+        return jax.nn.softmax(q / config.beta + log_weights) @ actions
+
+    return project(config, jnp.vectorize(boltzmann_mean, signature="(i)->(j)")(obs))
 
 
 def random_policy(config, params, obs, key):
@@ -417,27 +419,16 @@ def collect(config, params, policy, num_steps, key):
     key_reset, key_rollout, key_order = random.split(key, 3)
     env_state, obs = jax.vmap(make_env(config.env).reset)(random.split(key_reset, config.num_envs))
     _, _, batch = rollout(config, params, policy, env_state, obs, random.split(key_rollout, num_steps))
-    # the last observation of a terminated episode may be NaN; targets ignore it, but a policy may be fitted there
-    next_obs = jnp.where(batch.terminated[..., None] & ~jnp.isfinite(batch.next_obs), 0, batch.next_obs)
     order = random.permutation(key_order, batch.reward.size)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order].astype(float), batch._replace(next_obs=next_obs))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order], batch)
 
 
-def load(config):
-    """The file's base points, an array for each field of `Transition`; ValueError where they do not fit."""
-    env = make_env(config.env)
-    try:
-        with np.load(config.base_points, allow_pickle=False) as file:
-            points = Transition(*(file[field].astype(np.float32) for field in Transition._fields))
-    except Exception as error:
-        raise ValueError(f"base_points={config.base_points}: not a file of base points: {error}") from error
-    n, found = points.reward.size, [x.shape for x in points]
-    expected = [(n, env.obs_dim), (n, env.action_dim), (n,), (n, env.obs_dim), (n,)]
-    if found != expected or n == 0:
-        raise ValueError(f"base_points={config.base_points}: must hold shapes {expected} for {config.env}, not {found}")
-    if not all(np.isfinite(x).all() for x in points) or np.abs(points.action).max() > 1:
-        raise ValueError(f"base_points={config.base_points}: must hold finite numbers, and actions in [-1, 1]")
-    return jax.tree.map(jnp.asarray, points)
+def prepare(base_points):
+    """Base points as floats, with zeros for a last observation that is NaN."""
+    # targets ignore it where the episode has terminated, but a policy may be fitted there
+    ignored = (base_points.terminated > 0)[..., None] & ~jnp.isfinite(base_points.next_obs)
+    base_points = base_points._replace(next_obs=jnp.where(ignored, 0, base_points.next_obs))
+    return Transition(*(jnp.array(x, float) for x in base_points))  # copies, since the state may be donated
 
 
 # Training
@@ -490,10 +481,13 @@ RULES = {
 def check(config):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
     for field in dataclasses.fields(config):
-        count = field.type in (int, tuple[int, ...])
+        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
         (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
-            if not isinstance(x, str | jax.core.Tracer) and not np.all(RULES[rule](x)):
+            if isinstance(x, str):
+                if field.type is not str and x not in choices:
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+            elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
 
@@ -512,17 +506,20 @@ def num_epochs(config):
     return math.ceil(config.num_iterations / config.iterations_per_epoch)
 
 
-def init(config, key):
-    """Base points and new networks; ValueError where `config` does not fit."""
+def init(config, key, base_points=None):
+    """Base points and new networks; ValueError where `config` does not fit.
+
+    `base_points` is a `Transition` with leading axis [n] and actions in [-1, 1]; None collects them at random.
+    """
     check(config)
     check_choices(config)
     key, key_eval, key_actor, key_critic, key_base_points = random.split(key, 5)
-    env, num_steps = make_env(config.env), math.ceil(config.num_base_points / config.num_envs)
-    points = load(config) if config.base_points else collect(config, None, random_policy, num_steps, key_base_points)
-    actor_params = mlp_init(key_actor, (env.obs_dim, *config.hidden_sizes, 2 * env.action_dim))
-    params, losses = Params(actor_params, critic_init(config, key_critic)), tuple(jnp.zeros(3))
-    step, delta = jnp.int32(len(points.reward)), jnp.array(jnp.inf, float)
-    return State(params, points, step, jnp.int32(0), delta, losses, key, key_eval)
+    if base_points is None:
+        num_steps = math.ceil(config.num_base_points / config.num_envs)
+        base_points = collect(config, None, random_policy, num_steps, key_base_points)
+    params, losses = Params(actor_init(config, key_actor), critic_init(config, key_critic)), tuple(jnp.zeros(3))
+    step, delta = jnp.int32(len(base_points.reward)), jnp.array(jnp.inf, float)
+    return State(params, prepare(base_points), step, jnp.int32(0), delta, losses, key, key_eval)
 
 
 def epoch(config, state):
@@ -534,9 +531,10 @@ def epoch(config, state):
     return state, Metrics(state.step, returns, *state.losses, state.iteration, state.delta)
 
 
-def train(config, key):
+def train(config, key, base_points=None):
     """A whole run, a pure function: `(State, Metrics)`, metrics with a leading axis `[num_epochs]`."""
-    return lax.scan(lambda state, _: epoch(config, state), init(config, key), length=num_epochs(config))
+    state = init(config, key, base_points)
+    return lax.scan(lambda state, _: epoch(config, state), state, length=num_epochs(config))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def check_config(config, function):
             cli.fail(f"{flag}a run needs {needed / 2**30:.1f} GiB; this machine has {present / 2**30:.1f} GiB")
 
 
-def check_folders(out_folder, script, runs, grid, options):
+def check_folders(out_folder, script, runs, grid, options, base_points=None):
     """Write each run's `config.json`; fail with nothing written where there is another run, or none to resume."""
     check_unfinished(out_folder, runs, options)
-    descriptions = {run.folder: record.describe(script, run.config, run.seed) for run in runs}
+    descriptions = {run.folder: record.describe(script, run.config, run.seed, base_points) for run in runs}
     for folder, description in descriptions.items():
         check_folder(folder, description, options)
     if grid:

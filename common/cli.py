@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
 import sys
 import typing
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -30,6 +32,19 @@ class Options:
     coordinator_address: str = ""  # host:port of process 0, where JAX does not detect it
     num_processes: int = 0  # number of processes, where JAX does not detect it
     process_id: int = -1  # number of this process, from 0, where JAX does not detect it
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Files of base points: arrays obs, action (in the environment's units), reward, next_obs and terminated."""
+
+    base_points: Path | None = None  # learn from the transitions in this .npz file, collected by whatever means
+    save_base_points: Path | None = None  # write the first base points of the first seed to this .npz file
+
+
+def show_warnings():
+    """Show warnings, such as an algorithm's about an environment, in one line each on stderr."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def fail(message) -> NoReturn:
@@ -85,21 +100,28 @@ def summary(algorithm):
     return (sys.modules[algorithm.__module__].__doc__ or "").strip().split("\n")[0]
 
 
-def parse_run(config_class):
-    """Read `(Config, Options)` from the command line; the options are checked, the configuration is not."""
+def parse_run(config_class, init):
+    """Read `(Config, Options, Data)` from the command line; the options are checked, the configuration is not.
+
+    The flags of `Data` exist where `init` takes base points.
+    """
 
     def read(hyperparameter: config_class, run: Options):
-        return hyperparameter, run
+        return hyperparameter, run, Data()
+
+    def read_with_data(hyperparameter: config_class, run: Options, data: Data):
+        return hyperparameter, run, data
 
     show_rules(config_class, rule_of_ints=">= 1")
     show_rules(Options)
-    config, options = parse(read, prog=Path(sys.argv[0]).name, description=summary(config_class))
+    function = read_with_data if "base_points" in inspect.signature(init).parameters else read
+    config, options, data = parse(function, prog=Path(sys.argv[0]).name, description=summary(config_class))
     check_range("num-seeds", options.num_seeds, 1, INT_MAX)
     check_range("seed", options.seed, 0, INT_MAX - options.num_seeds)
     if not re.fullmatch(r"\w[\w.+=-]*", options.name):
         fail(f"--name {options.name!r}: must be a plain folder name of letters, digits and . _ + = -")
     check_distributed(options)
-    return config, options
+    return config, options, data
 
 
 def check_range(flag, value, low, high):

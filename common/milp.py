@@ -134,11 +134,14 @@ def linear(weights, matrix, upper, low=0, high=1, time_limit=TIME_LIMIT):
     return Solution(action, float(weights @ action), bound)
 
 
-def maximize(config, critic_params, obs, key):
+def maximize(q, config, critic_params, obs, key):
     """A maximizer for `algorithms/fqi.py`: action `[action_dim]` for one `obs [obs_dim]`, computed on the host.
 
-    An exception there reaches the caller of the program as an error of the runtime, and is appended to `failures`.
+    ValueError unless q is a ReLU network. An exception on the host reaches the caller of the program as an error of the
+    runtime, and is appended to `failures`.
     """
+    if config.activation != "relu" or getattr(config, "approximator", "mlp") != "mlp":
+        raise ValueError("must be used with a network, and with activation relu")
     action_dim = critic_params[0][0].shape[0] - obs.shape[0]
 
     def call(layers, obs):

@@ -77,8 +77,4 @@ def load_algorithm(name, source):
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    if hasattr(module, "MAXIMIZERS"):
-        from amortax.common import milp
-
-        module.MAXIMIZERS["milp"] = milp.maximize
     return module

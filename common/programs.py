@@ -28,6 +28,7 @@ class Programs(NamedTuple):
     local_devices: list  # the devices in use of this process
     devices: list  # the devices in use of all processes, in the order of the runs that they hold
     runs_per_device: int
+    shared: tuple = ()  # further arguments of `init`, the same for all runs
 
     @property
     def round_size(self):
@@ -43,11 +44,12 @@ class Round(NamedTuple):
     seeds: list  # [runs_per_device]
 
 
-def compile_programs(config, init, epoch, num_runs, runs_per_device=None):
+def compile_programs(config, init, epoch, num_runs, runs_per_device=None, shared=()):
     """Compile `init` and `epoch` for `num_runs` runs whose configurations differ from `config` in their leaves.
 
-    By default a device of a CPU holds one run, another device as many as it takes to train all at once. `epoch` also
-    returns `finite [runs_per_device]`: whether all learned parameters are.
+    By default a device of a CPU holds one run, another device as many as it takes to train all at once. `shared` are
+    further arguments of `init`, the same for all runs. `epoch` also returns `finite [runs_per_device]`: whether all
+    learned parameters are.
     """
     cpu = jax.default_backend() == "cpu"
     if runs_per_device is None:
@@ -57,8 +59,8 @@ def compile_programs(config, init, epoch, num_runs, runs_per_device=None):
     options = devices.cpu_compiler_options() if cpu else None
     compile_each = functools.partial(compile_for_each, local, runs_per_device, options)
 
-    def seeded_init(config, seed):
-        return init(config, jax.random.key(seed))
+    def seeded_init(config, seed, *shared):
+        return init(config, jax.random.key(seed), *shared)
 
     def checked_epoch(config, state):
         state, metrics = epoch(config, state)
@@ -66,19 +68,20 @@ def compile_programs(config, init, epoch, num_runs, runs_per_device=None):
         return state, metrics, finite
 
     configs = jax.tree.map(lambda x: np.zeros((), leaf_type(x)), config)
-    state = jax.eval_shape(init, config, jax.random.key(0))
-    compiled = compile_each(seeded_init, configs, np.int32(0)), compile_each(checked_epoch, configs, state)
-    return Programs(*compiled, local, used, runs_per_device)
+    state = jax.eval_shape(init, config, jax.random.key(0), *shared)
+    compiled = compile_each(seeded_init, configs, np.int32(0), *shared), compile_each(checked_epoch, configs, state)
+    return Programs(*compiled, local, used, runs_per_device, shared)
 
 
-def compile_for_each(local_devices, runs_per_device, compiler_options, function, *arguments):
-    """`function`, batched over runs and compiled for each device, with its second argument donated."""
-    batched = jax.vmap(function) if runs_per_device > 1 else unbatched(function)
+def compile_for_each(local_devices, runs_per_device, compiler_options, function, config, state, *shared):
+    """`function`, batched over the runs' first two arguments, the second donated, and compiled for each device."""
+    batched = jax.vmap(function, (0, 0, *[None] * len(shared))) if runs_per_device > 1 else unbatched(function)
     jitted = jax.jit(batched, donate_argnums=1, compiler_options=compiler_options)
 
     def lower(device):
         struct = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
-        return jitted.lower(*jax.tree.map(lambda x: struct((runs_per_device, *x.shape), x.dtype), arguments))
+        batch = jax.tree.map(lambda x: struct((runs_per_device, *x.shape), x.dtype), (config, state))
+        return jitted.lower(*batch, *jax.tree.map(lambda x: struct(x.shape, x.dtype), shared))
 
     lowered = [lower(device) for device in local_devices]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -86,25 +89,25 @@ def compile_for_each(local_devices, runs_per_device, compiler_options, function,
 
 
 def unbatched(function):
-    """`function` with a leading axis [1] on all arguments and results, as the program of one run.
+    """`function` with a leading axis [1] on its first two arguments and all results, as the program of one run.
 
     By reshapes, not slices: the donated buffer must not be copied.
     """
 
-    def of_one(*batched):
-        one = function(*jax.tree.map(lambda x: x.reshape(x.shape[1:]), batched))
+    def of_one(config, state, *shared):
+        one = function(*jax.tree.map(lambda x: x.reshape(x.shape[1:]), (config, state)), *shared)
         return jax.tree.map(lambda x: x.reshape(1, *x.shape), one)
 
     return of_one
 
 
-def compile_to_fit(config, init, epoch, num_runs, limit):
+def compile_to_fit(config, init, epoch, num_runs, limit, shared=()):
     """Programs with as many runs on a device as `limit` bytes hold; fails where they do not hold one."""
-    programs = compile_programs(config, init, epoch, num_runs)
+    programs = compile_programs(config, init, epoch, num_runs, shared=shared)
     needed = memory(programs)
     while needed > limit and programs.runs_per_device > 1:
         fitting = min(programs.runs_per_device - 1, int(programs.runs_per_device * limit / needed))
-        programs = compile_programs(config, init, epoch, num_runs, max(1, fitting))
+        programs = compile_programs(config, init, epoch, num_runs, max(1, fitting), shared)
         needed = memory(programs)
     if needed > limit:
         cli.fail(f"a run needs {needed / 2**30:.1f} GiB of its device; {limit / 2**30:.1f} GiB are available")
@@ -148,7 +151,9 @@ def place(programs, configs, seeds):
 
 def start(programs, batch):
     """The states of a round after `init`: a list, one entry for each local device."""
-    return [init(*inputs) for init, *inputs in zip(programs.init, batch.configs, batch.seeds, strict=True)]
+    shared = [jax.device_put(programs.shared, device) for device in programs.local_devices]
+    inputs = zip(batch.configs, batch.seeds, shared, strict=True)
+    return [init(*own, *same) for init, (*own, same) in zip(programs.init, inputs, strict=True)]
 
 
 def advance(programs, batch, states):

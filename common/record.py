@@ -80,8 +80,11 @@ def remove_leftovers(folder):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def describe(script, config, seed):
-    """The content of `config.json`: everything that determines the numbers of one seed, and nothing else."""
+def describe(script, config, seed, base_points=None):
+    """The content of `config.json`: everything that determines the numbers of one seed, and nothing else.
+
+    `base_points` is the file of them, if there is one.
+    """
     packages = ("jax", "jaxlib", "optax", "gymnax", "numpy")
     description = {
         "algorithm": Path(script).stem,
@@ -92,8 +95,8 @@ def describe(script, config, seed):
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
     }
-    if getattr(config, "base_points", ""):
-        description["base_points_sha256"] = sha256(config.base_points)
+    if base_points:
+        description["base_points_sha256"] = sha256(base_points)
     return json.loads(json.dumps(description))  # tuples become lists, as in what is read
 
 

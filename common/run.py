@@ -47,12 +47,12 @@ def main(config_class, init, epoch, num_epochs):
 
     Its exit code is 0, or 1 if a seed diverged, 2 for a mistake, 3 if another process was lost, 130 if interrupted.
     """
-    config, options = cli.parse_run(config_class)
+    config, options, data = cli.parse_run(config_class, init)
     grid = sweep.parse(config, options.sweep)
     try:
-        out_folder, runs = prepare(config, options, grid, init)
+        out_folder, runs, points = prepare(config, options, data, grid, init)
         checkpoints = out_folder / f"checkpoint_{runs[0].seed}_{runs[-1].seed}"
-        complete = train(init, epoch, num_epochs(config), runs, checkpoints, options)
+        complete = train(init, epoch, num_epochs(config), runs, points, checkpoints, options)
         distributed.synchronize("trained")
     except Exception as error:
         fail_late(error)
@@ -63,25 +63,25 @@ def main(config_class, init, epoch, num_epochs):
     raise SystemExit(code)
 
 
-def prepare(config, options, grid, init):
-    """Set up devices and processes and check everything: `(out_folder, runs)`; only then write `config.json`s."""
+def prepare(config, options, data, grid, init):
+    """Set up devices and processes, check everything, then write `config.json`s: `(out_folder, runs, base points)`."""
     track.check(options.track)
     envs.register(config.env)
     cells = sweep.cells(config, grid)
     if options.distributed:
         distributed.connect(options.coordinator_address, options.num_processes, options.process_id)
     devices.set_up_backend(len(cells) * options.num_seeds, devices.largest_product(config))
-    base_points.write_if_absent(config, init, options.seed)
     for changed in [config, *sweep.one_by_one(config, grid)]:
         checks.check_config(changed, init)
+    points = base_points.load_and_save(data, options, config, init)
     script = inspect.getsourcefile(init)
     group = record.group_folder(options.out, Path(script).stem, config.env, options.name)
     seeds = range(options.seed, options.seed + options.num_seeds)
     groups = [(cell.config, group.with_name(group.name + cell.suffix)) for cell in cells]
     runs = [record.Run(config, seed, folder) for config, folder in groups for seed in seeds]
     out_folder = group.with_name(f"{group.name}-sweep") if grid else group
-    checks.check_folders(out_folder, script, runs, grid, options)
-    return out_folder, runs
+    checks.check_folders(out_folder, script, runs, grid, options, data.base_points)
+    return out_folder, runs, points
 
 
 def fail_late(error):
@@ -105,7 +105,7 @@ class Training(NamedTuple):
     checkpoints: Path
 
 
-def train(init, epoch, num_epochs, runs, checkpoints, options):
+def train(init, epoch, num_epochs, runs, points, checkpoints, options):
     """Train the runs in rounds, with --resume from where they were left; whether all have come to their end."""
     position = resume(runs, num_epochs, checkpoints) if options.resume else Position(0, len(runs), 0)
     if position.first == len(runs):
@@ -115,7 +115,7 @@ def train(init, epoch, num_epochs, runs, checkpoints, options):
     with progress.show() as show:
         show("compiling")
         num_runs = len(runs) - position.first
-        compiled = programs.compile_to_fit(runs[0].config, init, epoch, num_runs, devices.memory())
+        compiled = programs.compile_to_fit(runs[0].config, init, epoch, num_runs, devices.memory(), points)
         training = Training(runs, num_epochs, compiled, checkpoints)
         distributed.synchronize("compiled")
         while position.first < len(runs):

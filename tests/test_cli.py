@@ -72,9 +72,13 @@ MISTAKES = [
     (fqi, "--maximizer exhaustive", ["--maximizer exhaustive: must be", "gradient", "Pendulum-v1 are a Box"]),
     (fqi, "--env CartPole-v1", ["--maximizer gradient: must be exhaustive", "CartPole-v1 are Discrete"]),
     (fqi, "--maximizer grid --num-candidates 100001", ["--num-candidates 100001", "grid", "too large"]),
-    (fqi, f"--base-points {SCRIPT}", ["--base-points", "td3.py: not a file of base points"]),
-    (fqi, "--base-points points.txt", ["--base-points points.txt", ".npz"]),
-    (fqi, "--num-base-points 100 --base-points /proc/points.npz", ["--base-points /proc/points.npz", "cannot write"]),
+    (fqi, "--maximizer my_solvers:solve", ["--maximizer my_solvers:solve: No module named 'my_solvers'"]),
+    (fqi, "--maximizer milp", ["--maximizer milp: must be used with a network, and with activation relu"]),
+    (fqi, f"--base-points {SCRIPT}", ["--base-points", "td3.py: cannot be read"]),
+    (fqi, "--base-points no_such.npz", ["--base-points no_such.npz: cannot be read"]),
+    (fqi, "--num-base-points 100 --save-base-points points.txt", ["--save-base-points points.txt", ".npz"]),
+    (fqi, "--num-base-points 100 --save-base-points /proc/p.npz", ["--save-base-points /proc/p.npz: cannot write"]),
+    (td3, "--base-points points.npz", ["--base-points", "--help lists all flags"]),
     (nfqca, "--env CartPole-v1", ["--env CartPole-v1: must have actions in a Box", "Swimmer-misc"]),
     (soft_fqi, "--num-nodes 100001", ["--num-nodes 100001", "too large"]),
     (soft_fqi, "--env CartPole-v1 --integral dual", ["--integral dual: must be quadrature", "Discrete"]),
@@ -166,7 +170,13 @@ def test_every_field_is_read_from_its_flag(monkeypatch):
     expected |= {"resume": True, "no_plot": True, "track": ("wandb", "tensorboard"), "distributed": True}
     expected |= {"coordinator_address": "a:1", "num_processes": 3, "process_id": 2}
     assert set(expected) == {field.name for field in dataclasses.fields(cli.Options)}
-    assert cli.parse_run(td3.Config) == (config, cli.Options(**expected))
+    assert cli.parse_run(td3.Config, td3.init) == (config, cli.Options(**expected), cli.Data())
+
+
+def test_files_of_base_points_are_flags_where_init_takes_them(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fqi.py", "--base-points", "a.npz", "--save-base-points", "b.npz"])
+    _, _, data = cli.parse_run(fqi.Config, fqi.init)
+    assert data == cli.Data(Path("a.npz"), Path("b.npz"))
 
 
 def test_user_environment(monkeypatch, tmp_path):
@@ -224,7 +234,7 @@ def test_field_of_a_copied_file_is_checked_by_its_own_rule(copy, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["my_idea.py", "--help"])
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit):
-        cli.parse_run(module.Config)
+        cli.parse_run(module.Config, module.init)
     text = capsys.readouterr().out
     assert "--my-number FLOAT in [2, 3]" in text
     assert "what I try" in text

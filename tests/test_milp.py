@@ -111,10 +111,9 @@ def test_a_time_limit_that_is_too_short_is_named():
         milp.relu_network(layers, obs, time_limit=0.05)
 
 
-def test_it_is_a_maximizer_of_fitted_q(monkeypatch):
+def test_it_is_a_maximizer_of_fitted_q():
     """Within a compiled program and batched over states: the very actions of each state alone."""
-    monkeypatch.setitem(fqi.MAXIMIZERS, "milp", milp.maximize)
-    config = fqi.Config(maximizer="milp", hidden_sizes=(8,))
+    config = fqi.Config(maximizer="milp", activation="relu", hidden_sizes=(8,))
     params = fqi.mlp_init(random.key(0), (4, 8, 1))
     obs = random.normal(random.key(1), (20, 3))
     actions = jax.jit(fqi.maximize)(config, params, obs, random.key(2))
@@ -124,7 +123,7 @@ def test_it_is_a_maximizer_of_fitted_q(monkeypatch):
         config, params, obs.reshape(4, 5, 3), random.key(2)
     )
     np.testing.assert_array_equal(together.reshape(20, 1), actions)
-    others = fqi.maximize(fqi.Config(num_candidates=16), params, obs, random.key(3))
+    others = fqi.maximize(fqi.Config(activation="relu", num_candidates=16), params, obs, random.key(3))
     gap = fqi.critic(config, params, obs, actions) - fqi.critic(config, params, obs, others)
     assert gap.min() > -1e-5
     assert jnp.median(gap) < 1e-3

@@ -9,15 +9,17 @@ import json
 import re
 import shlex
 import sys
+import threading
 from pathlib import Path
 
 import benchmark.benchmark
+import numpy as np
 import pytest
 import reproduce
 from cases import ALGORITHMS
 
-from amortax.algorithms import gradient_estimators, td3
-from amortax.common import cli, demo, play
+from amortax.algorithms import fqi, gradient_estimators, td3
+from amortax.common import base_points, cli, demo, play, record, run
 
 ROOT = Path(td3.__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -31,13 +33,40 @@ def blocks(language):
 
 def test_python_block_prints_what_it_says(monkeypatch):
     """Unchanged, but with small networks and batches, which are not in what it prints."""
-    (block,) = blocks("python")
+    block, _ = blocks("python")
     monkeypatch.setattr(td3, "Config", functools.partial(td3.Config, hidden_sizes=(8,), batch_size=8))
     assert len(block.strip().splitlines()) <= 10
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         exec(block, {})
     assert said.getvalue().splitlines() == re.findall(r"print.*# (\([\d, ]*\))", block)
+
+
+def test_transitions_of_a_gymnasium_loop_are_learned_from(monkeypatch, tmp_path):
+    """The README's text, but for the number of steps; each transition goes on where the last one ended."""
+    _, block = blocks("python")
+    assert len(block.strip().splitlines()) <= 20
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace("10_000", "450"), {})
+    assert block.count("10_000") == 1
+    points = base_points.load("pendulum.npz", "Pendulum-v1")
+    assert (len(points.reward), points.terminated.sum()) == (450, 0)
+    goes_on = np.arange(449) % 200 != 199  # Gymnasium's time limit
+    np.testing.assert_array_equal(points.next_obs[:-1][goes_on], points.obs[1:][goes_on])
+    assert (points.next_obs[[199, 399]] != points.obs[[200, 400]]).any(axis=1).all()
+    torque = 2 * points.action[:, 0]
+    angle, velocity = np.arctan2(points.obs[:, 1], points.obs[:, 0]), points.obs[:, 2]
+    cost = angle**2 + 0.1 * velocity**2 + 0.001 * torque**2
+    np.testing.assert_allclose(points.reward, -cost, rtol=1e-3, atol=1e-4)
+    assert np.abs(points.action).max() > 0.98
+    words = "--num-iterations 1 --fit-steps 20 --hidden-sizes 8 --num-eval-episodes 2 --maximizer-steps 2 --no-plot"
+    monkeypatch.setattr(sys, "argv", ["fqi.py", "--base-points", "pendulum.npz", *words.split()])
+    monkeypatch.setattr(run, "catch_interrupts", threading.Event)
+    with pytest.raises(SystemExit) as end:
+        run.main(fqi.Config, fqi.init, fqi.epoch, fqi.num_epochs)
+    assert end.value.code == 0
+    assert "python algorithms/fqi.py --base-points pendulum.npz\n" in TEXT
+    assert record.read_metrics(Path("results/runs/fqi/Pendulum-v1/default/seed_0"))["step"].tolist() == [450]
 
 
 @pytest.mark.quick
@@ -72,7 +101,7 @@ def test_command_is_accepted_by_its_parser(command, monkeypatch):
     else:
         module = importlib.import_module(f"amortax.algorithms.{'td3' if name == 'my_idea' else name}")
         assert name == "my_idea" or (ROOT / script).samefile(module.__file__)
-        cli.parse_run(module.Config)
+        cli.parse_run(module.Config, module.init)
 
 
 @pytest.mark.quick
@@ -85,7 +114,7 @@ def test_flags_and_links_name_what_exists():
     for anchor in re.findall(r"\]\(results/README.md#([\w-]+)\)", TEXT):
         assert anchor in headings, anchor
     classes = [module.Config for module in (*ALGORITHMS.values(), gradient_estimators)]
-    classes += [cli.Options, demo.Options, play.Play, reproduce.Reproduce]
+    classes += [cli.Options, cli.Data, demo.Options, play.Play, reproduce.Reproduce]
     flags = {f"--{field.name.replace('_', '-')}" for x in classes for field in dataclasses.fields(x)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
     assert named - flags - {"--help", "--peers"} == set()

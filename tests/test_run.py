@@ -61,19 +61,23 @@ COMPILE = programs.compile_programs
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(config, init, epoch, runs_per_device, device):
-    """Programs for one device."""
+def compiled(config, init, epoch, runs_per_device, device, structure, shapes):
+    """Programs for one device, and for what the runs share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "choose", lambda _: [device])
-        return COMPILE(config, init, epoch, runs_per_device, runs_per_device)
+        shared = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes])
+        return COMPILE(config, init, epoch, runs_per_device, runs_per_device, shared)
 
 
-def compile_once(config, init, epoch, num_runs, runs_per_device=1):
+def compile_once(config, init, epoch, num_runs, runs_per_device=1, shared=()):
     """`compile_programs`, but compiled once for the commands of all tests, whose hyperparameters are arguments."""
     config = jax.tree.map(lambda x: type(x)(0), config)
     used = devices.choose(math.ceil(num_runs / runs_per_device))
-    parts = [compiled(config, init, epoch, runs_per_device, device) for device in used]
-    return programs.Programs([x.init[0] for x in parts], [x.epoch[0] for x in parts], used, used, runs_per_device)
+    arrays, structure = jax.tree.flatten(shared)
+    shapes = tuple(x.shape for x in arrays)
+    parts = [compiled(config, init, epoch, runs_per_device, device, structure, shapes) for device in used]
+    both = [x.init[0] for x in parts], [x.epoch[0] for x in parts]
+    return programs.Programs(*both, used, used, runs_per_device, shared)
 
 
 def execute(monkeypatch, out, *flags, module=td3, config=CONFIG, epoch=None):
@@ -469,8 +473,8 @@ def test_runs_that_share_a_device_are_vmapped(tmp_path):
 def test_as_many_runs_on_a_device_as_its_memory_holds(monkeypatch, capsys, tmp_path):
     """On a GPU all runs share its memory; where they do not fit, fewer are trained at once, and at least one must."""
 
-    def as_on_a_gpu(config, init, epoch, num_runs, runs_per_device=2):
-        return compile_once(config, init, epoch, num_runs, runs_per_device)
+    def as_on_a_gpu(config, init, epoch, num_runs, runs_per_device=2, shared=()):
+        return compile_once(config, init, epoch, num_runs, runs_per_device, shared)
 
     one, two = (programs.memory(compile_once(CONFIG, td3.init, td3.epoch, 4, size)) for size in (1, 2))
     buffers = jax.tree.leaves(jax.eval_shape(td3.init, CONFIG, jax.random.key(0)))
@@ -606,38 +610,59 @@ def test_policy_gradients_run_on_the_command_line(monkeypatch, tmp_path, name, c
     assert np.isfinite(module.act(config, params, jnp.zeros(module.make_env(config.env).obs_dim))).all()
 
 
-def test_a_policy_without_a_solver_runs(monkeypatch, tmp_path):
-    """The window of `exact_fraction` 0 is empty, and an array without rows could not be placed on devices."""
-    flags = ["--num-seeds", "2", "--no-plot"]
-    assert execute_other(monkeypatch, tmp_path, "fqi_amortized", *flags, exact_fraction=0.0) == 0
-
-
-def test_base_points_are_written_once_and_shared(monkeypatch, capsys, tmp_path):
-    """The first command writes the file, with the first seed's; all seeds of another algorithm's read it."""
-    path = tmp_path / "points.npz"
-    assert execute_other(monkeypatch, tmp_path, "fqi", "--base-points", str(path), "--seed", "3", "--no-plot") == 0
-    assert f"{path}: 80 base points of seed 3" in capsys.readouterr().out
+def test_base_points_are_saved_and_shared(monkeypatch, capsys, tmp_path):
+    """One command saves those of its first seed, in the environment's units; all seeds of another learn from them."""
+    path, runs = tmp_path / "points.npz", tmp_path / "runs"
+    flags = ["--save-base-points", str(path), "--seed", "3", "--no-plot"]
+    assert execute_other(monkeypatch, runs, "fqi", *flags) == 0
+    assert f"{path}: 80 base points" in capsys.readouterr().out
     expected = jax.jit(fqi.init)(CONFIGS["fqi"], jax.random.key(3)).base_points
     with np.load(path, allow_pickle=False) as file:
-        for name, array in expected._asdict().items():
-            np.testing.assert_array_equal(file[name], array)
-    written = path.read_bytes()
-    flags = ["--base-points", str(path), "--num-seeds", "2", "--exploration-range", "0.5", "--rounds", "1", "--no-plot"]
-    assert execute_other(monkeypatch, tmp_path, "nfqca", *flags) == 0
-    assert path.read_bytes() == written
-    described = record.read_config(group(tmp_path, algorithm="nfqca") / "seed_0")
+        np.testing.assert_allclose(file["action"], 2 * expected.action, rtol=1e-6)  # a torque is twice the action
+        for name in ("obs", "reward", "next_obs", "terminated"):
+            np.testing.assert_array_equal(file[name], getattr(expected, name))
+    assert execute_other(monkeypatch, tmp_path / "again", "fqi", *flags) == 2
+    assert f"--save-base-points {path}: cannot write there: it exists" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+    flags = ["--base-points", str(path), "--name", "again", "--seed", "3", "--num-seeds", "2", "--no-plot"]
+    assert execute_other(monkeypatch, runs, "fqi", *flags) == 0
+    first, again, other = (
+        record.read_metrics(group(runs, name, "fqi") / seed)
+        for name, seed in (("default", "seed_3"), ("again", "seed_3"), ("again", "seed_4"))
+    )
+    np.testing.assert_allclose(again["q_value"], first["q_value"], rtol=1e-3)  # the actions went to a file and back
+    assert np.abs(other["q_value"] - first["q_value"]).max() > 1e-3
+    sha256 = record.read_config(group(runs, "again", "fqi") / "seed_4")["base_points_sha256"]
+    assert sha256 == record.sha256(path)
     np.savez(path, **(expected._asdict() | {"reward": expected.reward + 1}))
-    capsys.readouterr()
-    assert execute_other(monkeypatch, tmp_path, "nfqca", *flags) == 2
-    assert described["base_points_sha256"] in capsys.readouterr().err
+    for resume in ([], ["--resume"]):
+        capsys.readouterr()
+        assert execute_other(monkeypatch, runs, "fqi", *flags, *resume) == 2
+        assert sha256 in capsys.readouterr().err
 
 
-SMALL_MILP = {"maximizer": "milp", "hidden_sizes": (4,), "num_iterations": 1, "num_eval_episodes": 1}
+def test_runs_on_one_device_share_their_base_points():
+    """Vmapped, as on a GPU, over seeds alone."""
+    points = jax.jit(fqi.init)(CONFIGS["fqi"], jax.random.key(3)).base_points
+    pair = compile_once(CONFIGS["fqi"], fqi.init, fqi.epoch, 2, runs_per_device=2, shared=[points])
+    batch = programs.place(pair, [CONFIGS["fqi"]] * 2, [0, 1])
+    states = programs.by_run(batch, programs.start(pair, batch))
+    for i in range(2):
+        assert_same(states[i].base_points, jax.tree.map(np.asarray, points))
+    assert np.abs(states[0].params.critic[0][0] - states[1].params.critic[0][0]).max() > 0.1
+
+
+SMALL_MILP = {
+    "maximizer": "milp",
+    "activation": "relu",
+    "hidden_sizes": (4,),
+    "num_iterations": 1,
+    "num_eval_episodes": 1,
+}
 
 
 def test_an_exact_maximizer_trains_and_plays(monkeypatch, capfd, tmp_path):
     """The command line brings `milp` along, and so does the reader of saved policies; out of time, it is named."""
-    monkeypatch.setitem(fqi.MAXIMIZERS, "milp", milp.maximize)
     assert execute_other(monkeypatch, tmp_path, "fqi", "--no-plot", **SMALL_MILP) == 0
     module, config, params = policy.load(group(tmp_path, algorithm="fqi") / "seed_0")
     obs = jnp.array([0.6, 0.8, 1.0])

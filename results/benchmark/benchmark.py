@@ -500,8 +500,8 @@ def machine():
 def table(measured):
     """The table in Markdown."""
     lines = [
-        "Pendulum-v1, default configurations except where stated, one update per environment step. svg_model makes, per",
-        "20 environment steps, one update of the policy, from 64 rollouts, and 8 updates of the model.",
+        "Pendulum-v1, default configurations except where stated, one update per environment step. svg_model makes one",
+        "update of the policy, from 64 rollouts, and 8 of the model per 20 environment steps.",
         f"Medians of {measured['turns']} turns; memory is the peak of a process, first Amortax, then the peer. Peers:",
         f"{', '.join(measured['peers']) or 'not measured'}. {ABSENT}",
         "",
