@@ -47,6 +47,7 @@ def main(config_class, init, epoch, num_epochs):
 
     Its exit code is 0, or 1 if a seed diverged, 2 for a mistake, 3 if another process was lost, 130 if interrupted.
     """
+    cli.show_warnings()
     config, options, data = cli.parse_run(config_class, init)
     grid = sweep.parse(config, options.sweep)
     try:

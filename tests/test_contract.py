@@ -23,8 +23,12 @@ from cases import (
     exact_jit,
     fast_jit,
     leaves,
+    np_mlp,
     programs,
+    random_layers,
+    relu,
     replace,
+    silu,
 )
 from jax import lax, random
 from jax.interpreters import partial_eval as pe
@@ -157,6 +161,22 @@ def test_the_step_counts_what_was_taken():
     state, metrics = jax.jit(lambda key: td3.train(config, key))(random.key(0))
     assert metrics.step.tolist() == [105]
     assert state.step == 105
+
+
+# Networks
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("relu", relu), ("silu", silu), ("elu", lambda x: np.where(x > 0, x, np.expm1(x))), ("tanh", np.tanh)],
+)
+def test_the_activation_is_what_its_name_says(name, function):
+    layers = random_layers(np.random.default_rng(0), (3, 8), (8, 4), (4, 2))
+    x = np.random.default_rng(1).normal(size=(5, 3))
+    with jax.enable_x64(True):
+        y = td3.mlp(td3.Config(activation=name), layers, x)
+    np.testing.assert_allclose(y, np_mlp(layers, x, function), rtol=1e-12)
 
 
 # Environments
@@ -342,6 +362,8 @@ def test_every_number_out_of_its_range_is_named(name):
         for rule in getattr(field.type, "__metadata__", ()):
             wrong[field.name] = outside[rule] if field.type.__origin__ is float else -1
     assert len(wrong) > 5
+    with pytest.raises(ValueError, match="^activation=gelu: must be one of relu, silu, elu, tanh"):
+        module.init(replace(CONFIGS[name], activation="gelu"), random.key(0))
     for field, value in wrong.items():
         config = replace(CONFIGS[name], **{field: value})
         shown = 0 if field == "hidden_sizes" else value

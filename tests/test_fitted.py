@@ -44,7 +44,7 @@ OWN = {
 
 def hand_case(name, module, **fields):
     """Config, parameters, their layers in NumPy, and 24 base points; a third terminates, with no last observation."""
-    config, rng = module.Config(gamma=0.9, activation="relu", **(OWN[name] | fields)), np.random.default_rng(0)
+    config, rng = module.Config(gamma=0.9, **(OWN[name] | fields)), np.random.default_rng(0)
     critic = module.mlp_init(random.key(0), (4, 16, 16, 1))
     actor = module.mlp_init(random.key(1), (3, 16, 2 if name == "soft_fqi" else 1))
     params = module.Params(critic) if name == "fqi" else module.Params(actor, critic)

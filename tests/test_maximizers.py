@@ -95,7 +95,7 @@ def test_maximizers_of_a_network_come_close_to_the_best_of_a_grid(solver):
 
 @pytest.mark.quick
 def test_exhaustive_finds_the_best_discrete_action():
-    config = fqi.Config(env="Acrobot-v1", maximizer="exhaustive", activation="relu")
+    config = fqi.Config(env="Acrobot-v1", maximizer="exhaustive")
     params = fqi.mlp_init(random.key(0), (6 + 3, 16, 1))
     obs = random.normal(random.key(1), (100, 6))
     actions = jax.jit(fqi.maximize)(config, params, obs, random.key(2))
@@ -196,7 +196,7 @@ def test_quadrature_of_a_quadratic_equals_its_closed_form():
 
 @pytest.mark.quick
 def test_quadrature_of_a_network_equals_scipy():
-    config = soft_fqi.Config(beta=0.5, num_nodes=64, activation="relu")
+    config = soft_fqi.Config(beta=0.5, num_nodes=64)
     params = soft_fqi.mlp_init(random.key(3), (4, 16, 1))
     layers = [tuple(np.float64(x) for x in layer) for layer in params]
     obs = np.array([[0.1, -0.9, 0.5], [1.0, 0.3, -2.0]])

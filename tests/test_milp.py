@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import np_mlp, random_layers
+from cases import np_mlp, random_layers, relu
 from jax import random
 
 from amortax.algorithms import fqi
@@ -22,7 +22,7 @@ def network(seed, obs_dim, action_dim, *hidden):
 
 def values(layers, obs, actions):
     """Outputs `[n]` for `actions [n, action_dim]`."""
-    return np_mlp(layers, np.concatenate([np.tile(obs, (len(actions), 1)), actions], axis=1))[:, 0]
+    return np_mlp(layers, np.concatenate([np.tile(obs, (len(actions), 1)), actions], axis=1), relu)[:, 0]
 
 
 def check(layers, obs, grid, spacing, low=-1.0, high=1.0):

@@ -180,7 +180,7 @@ def test_update_is_one_step_of_the_policy_then_some_of_the_baseline():
     critic, adam, critic_losses = state.params.critic, state.opt_state.critic, []
     obs, target = steps.obs.reshape(32, -1), (advantage + value).ravel()
     for rows in index:
-        critic_loss, grads = jax.value_and_grad(reinforce.critic_loss)(critic, obs[rows], target[rows])
+        critic_loss, grads = jax.value_and_grad(reinforce.critic_loss)(critic, CONFIG, obs[rows], target[rows])
         critic, adam = reinforce.apply_grads(CONFIG.critic_learning_rate, grads, critic, adam)
         critic_losses.append(critic_loss)
     assert_close(params, reinforce.Params(actor, critic), rtol=1e-5, atol=1e-6)

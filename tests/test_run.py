@@ -217,6 +217,18 @@ def test_files_hold_what_init_and_epoch_return(monkeypatch, capsys, tmp_path):
     assert_same(jax.tree.leaves(params), jax.tree.leaves(jax.device_get(programs.by_run(batch, states)[0].params)))
 
 
+def test_a_warning_is_one_line_at_the_start(tmp_path):
+    """Once for each environment, before the first epoch is trained."""
+    small = flags_of(replace(CONFIGS["svg"], env="PointRobot-misc"))
+    again = [sys.executable, ALGORITHMS["svg"].__file__, *small, "--no-plot", "--out", str(tmp_path)]
+    done = subprocess.run(again, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    warning = "warning: the reward of PointRobot-misc has no gradient by the state for svg to follow"
+    assert lines.count(warning) == 1
+    assert lines.index(warning) < lines.index("compiling")
+
+
 @pytest.mark.quick
 def test_flags_of_xla_are_left_alone(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
