@@ -362,7 +362,7 @@ def test_every_number_out_of_its_range_is_named(name):
         for rule in getattr(field.type, "__metadata__", ()):
             wrong[field.name] = outside[rule] if field.type.__origin__ is float else -1
     assert len(wrong) > 5
-    with pytest.raises(ValueError, match="^activation=gelu: must be one of relu, silu, elu, tanh"):
+    with pytest.raises(ValueError, match=r"^activation=gelu: must be one of relu, silu, elu, tanh"):
         module.init(replace(CONFIGS[name], activation="gelu"), random.key(0))
     for field, value in wrong.items():
         config = replace(CONFIGS[name], **{field: value})
