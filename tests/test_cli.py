@@ -158,7 +158,7 @@ def test_help_shows_every_field_with_its_rule(monkeypatch, capsys):
 
 def test_every_field_is_read_from_its_flag(monkeypatch):
     """All fields of all kinds at once, each with a value that is not its default."""
-    changed = {"env": "LQR-v0", "hidden_sizes": (8, 9, 10)}
+    changed = {"env": "LQR-v0", "hidden_sizes": (8, 9, 10), "activation": "elu"}
     for field in dataclasses.fields(td3.Config):
         if field.name not in changed:
             changed[field.name] = field.default * 2 if isinstance(field.default, int) else field.default / 2

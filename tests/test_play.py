@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Table, fast_jit
+from cases import Table, fast_jit, silu
 from PIL import Image
 
 from amortax.algorithms import td3
@@ -43,7 +43,7 @@ def save_untrained(folder, env):
 @pytest.fixture(scope="module")
 def pendulum(tmp_path_factory):
     """A run folder with one seed, trained until it swings up."""
-    config = td3.Config(total_steps=4000, steps_per_epoch=3000, num_eval_episodes=1)
+    config = td3.Config(total_steps=6000, steps_per_epoch=5000, num_eval_episodes=1)
     state, _ = fast_jit(td3.train)(config, jax.random.key(0))
     run = tmp_path_factory.mktemp("runs") / "trained"
     save_run(run / "seed_0", config, jax.device_get(state.params))
@@ -157,7 +157,7 @@ def test_gymnasium_return_by_hand(run_play, pendulum):
     for _ in range(200):
         x = obs
         for w, b in layers[:-1]:
-            x = np.maximum(x @ w + b, 0)
+            x = silu(x @ w + b)
         obs, reward, *_ = env.step(2 * np.tanh(x @ layers[-1][0] + layers[-1][1]))
         total += reward
     assert printed == pytest.approx(total, abs=0.1)
