@@ -55,10 +55,10 @@ class Config:
     batch_size: int = jax.tree.static(default=256)  # transitions per update of the baseline
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
-    actor_learning_rate: Annotated[float, "> 0"] = 3e-3  # Adam's step size for the policy
+    actor_learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for the policy
     critic_learning_rate: Annotated[float, "> 0"] = 3e-3  # Adam's step size for the baseline
-    gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
-    gae_lambda: Annotated[float, "in [0, 1]"] = 1.0  # decay of generalized advantage estimation, 1 is Monte Carlo
+    gamma: Annotated[float, "in [0, 1]"] = 0.97  # discount per environment step
+    gae_lambda: Annotated[float, "in [0, 1]"] = 0.9  # decay of generalized advantage estimation, 1 is Monte Carlo
     initial_std: Annotated[float, "> 0"] = 0.5  # initial standard deviation of continuous actions in [-1, 1]
 
 

@@ -65,7 +65,7 @@ def test_advantages_equal_a_double_loop(gae_lambda):
 
 def test_advantages_with_lambda_one_are_rewards_to_go():
     """Less the baseline at the step, and with the baseline beyond the last one, where values follow one another."""
-    config, rng = replace(CONFIG, gamma=0.9), np.random.default_rng(1)
+    config, rng = replace(CONFIG, gae_lambda=1.0, gamma=0.9), np.random.default_rng(1)
     reward, values = rng.normal(size=(6, 1)), rng.normal(size=(7, 1))
     never = jnp.zeros((6, 1), bool)
     steps = types.SimpleNamespace(reward=jnp.asarray(reward), terminated=never, truncated=never)

@@ -90,11 +90,11 @@ def draw(rows):
             ConnectionPatch(*places, *["axes fraction"] * 2, axesA=axes_of[start], axesB=axes_of[end], **arrow)
         )
     legend = (
-        "Greedy return on Pendulum-v1 (reinforce:\nCartPole-v1), 16 seeds: interquartile mean\n"
-        "and 95 % interval; dashed: the optimum.\n\n"
-        "gradient_estimators: three estimates of a\nderivative over samples; dashed: the true one."
+        "Greedy return on Pendulum-v1\n(reinforce: CartPole-v1),\n16 seeds: interquartile mean\n"
+        "and 95 % interval;\ndashed: the optimum.\n\n"
+        "gradient_estimators: three\nestimates of a derivative over\nsamples; dashed: the true one."
     )
-    panels[2, 3].text(-0.1, 0.5, legend, fontsize=12, va="center")
+    panels[2, 4].text(-0.2, 0.5, legend, fontsize=10.5, va="center")
     return page
 
 
