@@ -94,7 +94,7 @@ def draw(rows):
         "and 95 % interval;\ndashed: the optimum.\n\n"
         "gradient_estimators: three\nestimates of a derivative over\nsamples; dashed: the true one."
     )
-    panels[2, 4].text(-0.2, 0.5, legend, fontsize=10.5, va="center")
+    panels[2, 4].text(-0.25, 0.5, legend, fontsize=9.5, va="center")
     return page
 
 
