@@ -57,6 +57,7 @@ class Config:
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment, bounded continuous or Discrete actions
     num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, in all rounds
     rounds: int = jax.tree.static(default=1)  # collections of base points: the first random, the others by the policy
+    num_trials: int = jax.tree.static(default=32)  # episodes after each epoch that choose the best policy of all rounds
     num_iterations: int = jax.tree.static(default=50)  # fits of the critic, at most
     iterations_per_epoch: int = jax.tree.static(default=10)  # fits between evaluations
     num_envs: int = jax.tree.static(default=100)  # environments stepped in parallel
@@ -100,13 +101,15 @@ class Params(NamedTuple):
 class State(NamedTuple):
     """Everything carried from one iteration to the next."""
 
-    params: Params
+    params: Params  # those of the best policy so far, if rounds > 1; within an epoch, those of the last iteration
+    latest: Any  # those of the last iteration, if rounds > 1
     base_points: Transition  # leading axis [num_base_points], see `repeat`
     window: jax.Array  # [window + 1, num_exact, action_dim], the solver's actions of the last iterations
     step: jax.Array  # [] int32, environment steps so far
     epoch: jax.Array  # [] int32, epochs so far
     iteration: jax.Array  # [] int32, iterations so far
     delta: jax.Array  # [], the larger of delta_q and delta_d in the last iteration
+    score: jax.Array  # [], mean return of the best policy in its trials
     losses: Any  # (critic_loss, q_value, actor_loss) after the last iteration
     key: jax.Array  # [] random key of the training
     key_eval: jax.Array  # [] random key of the evaluations, so that their number does not change the training
@@ -308,7 +311,16 @@ def fit_critic(config, params, batch, target, key):
     """New parameters of the critic."""
     key, key_init = random.split(key)
     params = critic_init(config, key_init) if config.from_scratch else params
-    return fit(config, lambda params, rows: critic_loss(params, config, *rows)[0], params, (batch, target), key)
+    inputs = jnp.abs(jnp.concatenate([batch.obs, batch.action], axis=1)).max(axis=0)
+    scale = jnp.where(inputs > 0, inputs, 1)  # of what the fitted network takes, in [-1, 1]
+    loss = lambda params, rows: critic_loss(scale_inputs(params, 1 / scale), config, *rows)[0]
+    return scale_inputs(fit(config, loss, scale_inputs(params, scale), (batch, target), key), 1 / scale)
+
+
+def scale_inputs(layers, factors):
+    """The layers of the network `x -> network(factors * x)`."""
+    (w, b), *others = layers
+    return [(w * factors[:, None], b), *others]
 
 
 def fit_actor(config, params, window, obs, key):
@@ -568,18 +580,31 @@ def init(config, key, base_points=None):
     points = repeat(prepare(base_points), num, num + (config.rounds - 1) * steps_per_round(config) * config.num_envs)
     params, losses = Params(actor_init(config, key_actor), critic_init(config, key_critic)), tuple(jnp.zeros(3))
     window = jnp.zeros((config.window + 1, len(exact_points(config, len(points.reward))), points.action.shape[1]))
-    step, delta = jnp.int32(num), jnp.array(jnp.inf, float)
-    return State(params, points, window, step, jnp.int32(0), jnp.int32(0), delta, losses, key, key_eval)
+    latest = jax.tree.map(jnp.copy, params) if config.rounds > 1 else None
+    infinity, counts = jnp.array(jnp.inf, float), (jnp.int32(num), jnp.int32(0), jnp.int32(0))
+    return State(params, latest, points, window, *counts, infinity, -infinity, losses, key, key_eval)
+
+
+def keep_best(config, state, best):
+    """Keep the parameters `best` unless the new policy earns as much in episodes of its own: `State`."""
+    key, key_trials = random.split(state.key)
+    score = evaluate(dataclasses.replace(config, num_eval_episodes=config.num_trials), state.params, key_trials).mean()
+    params = jax.tree.map(lambda new, old: jnp.where(score >= state.score, new, old), state.params, best)
+    return state._replace(params=params, latest=state.params, score=jnp.fmax(score, state.score), key=key)
 
 
 def epoch(config, state):
     """`iterations_per_epoch` iterations, fewer if delta falls below `tolerance`, and evaluate: `(State, Metrics)`."""
+    best = state.params
     if config.rounds > 1:
         due = (state.epoch > 0) & (state.epoch % (num_epochs(config) // config.rounds) == 0)
         state = lax.cond(due, functools.partial(add_round, config), lambda state: state, state)
+        state = state._replace(params=state.latest)
     end = state.iteration + config.iterations_per_epoch
     unfinished = lambda state: (state.iteration < end) & (state.delta >= config.tolerance)
     state = lax.while_loop(unfinished, functools.partial(iteration, config), state)
+    if config.rounds > 1:
+        state = keep_best(config, state, best)
     returns = evaluate(config, state.params, random.fold_in(state.key_eval, state.iteration))
     metrics = Metrics(state.step, returns, *state.losses, state.iteration, state.delta)
     return state._replace(epoch=state.epoch + 1), metrics

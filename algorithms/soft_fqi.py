@@ -296,7 +296,16 @@ def fit_critic(config, params, batch, target, key):
         return fit_quadratic(config, batch, target)
     key, key_init = random.split(key)
     params = critic_init(config, key_init) if config.from_scratch else params
-    return fit(config, lambda params, rows: critic_loss(params, config, *rows)[0], params, (batch, target), key)
+    inputs = jnp.abs(jnp.concatenate([batch.obs, batch.action], axis=1)).max(axis=0)
+    scale = jnp.where(inputs > 0, inputs, 1)  # of what the fitted network takes, in [-1, 1]
+    loss = lambda params, rows: critic_loss(scale_inputs(params, 1 / scale), config, *rows)[0]
+    return scale_inputs(fit(config, loss, scale_inputs(params, scale), (batch, target), key), 1 / scale)
+
+
+def scale_inputs(layers, factors):
+    """The layers of the network `x -> network(factors * x)`."""
+    (w, b), *others = layers
+    return [(w * factors[:, None], b), *others]
 
 
 def fit_actor(config, params, critic_params, batch, key):

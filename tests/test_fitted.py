@@ -16,6 +16,7 @@ from cases import (
     assert_close,
     assert_same,
     fast_jit,
+    leaves,
     load_broken,
     np_critic,
     np_mlp,
@@ -160,7 +161,7 @@ def test_quadratic_fit_recovers_a_quadratic():
 
 @pytest.mark.quick
 def test_a_full_batch_is_gradient_descent_on_the_mean_of_all():
-    """Adam's first step, by hand: by the learning rate against the sign of the gradient."""
+    """Adam's first step, by hand: by the learning rate against the sign of the gradient, for inputs of size 1."""
     config, params, (_, layers), batch = hand_case("fqi", fqi, batch_size=24, fit_steps=1)
     target = random.normal(random.key(2), (24,))
     fit = jax.jit(fqi.fit_critic)
@@ -170,8 +171,13 @@ def test_a_full_batch_is_gradient_descent_on_the_mean_of_all():
     q = np_critic(layers, batch.obs, batch.action)
     np.testing.assert_allclose([loss, q_value], [np.square(q - target).mean(), q.mean()], rtol=1e-5)
     mean_loss = lambda params: jnp.square(fqi.critic(config, params, batch.obs, batch.action) - target).mean()
-    step = lambda p, g: p - config.learning_rate * g / (jnp.abs(g) + 1e-8)
-    assert_close(fitted, jax.tree.map(step, params.critic, jax.grad(mean_loss)(params.critic)), rtol=1e-4, atol=1e-6)
+    scale = np.abs(np.concatenate([batch.obs, batch.action], axis=1)).max(axis=0)[:, None]
+    sizes = [(x, 1.0) for x in (scale, 1.0, 1.0)]  # of the weights' inputs, and of the biases'
+    step = lambda p, g, size: p - config.learning_rate * g / (jnp.abs(g) + 1e-8) / size
+    grads = jax.grad(mean_loss)(params.critic)
+    assert_close(fitted, jax.tree.map(step, params.critic, grads, sizes), rtol=1e-4, atol=1e-5)
+    moved = np.abs(fitted[0][0] - params.critic[0][0]) * scale
+    np.testing.assert_allclose(moved[moved > 0], config.learning_rate, rtol=0.02)
 
 
 @pytest.mark.quick
@@ -479,6 +485,47 @@ def test_rounds_add_base_points_of_the_policy(name):
             assert (np.asarray(obs[new]) != first).any()
         np.testing.assert_array_equal(obs[:40], first)
         np.testing.assert_array_equal(obs[step:], np.tile(obs[:step], (3, 1))[: 120 - step])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ROUNDS)
+def test_the_best_policy_is_kept(monkeypatch, name):
+    """The new one if it earns as much; the score is that of the best. A policy without a finite return is not kept."""
+    module, config = FITTED[name], replace(CONFIGS[name], rounds=2, num_trials=3)
+    parameters = lambda x: module.Params(*[jnp.array(x)] * len(module.Params._fields))
+    earned = lambda config, params, key: jnp.full(config.num_eval_episodes, params.critic)
+    monkeypatch.setattr(module, "evaluate", earned)
+    empty = module.State(*[None] * len(module.State._fields))
+    for new, score, kept, best in (
+        (5.0, 4.0, 5.0, 5.0),
+        (3.0, 4.0, -1.0, 4.0),
+        (4.0, 4.0, 4.0, 4.0),
+        (np.nan, 4.0, -1.0, 4.0),
+    ):
+        state = empty._replace(params=parameters(new), score=jnp.array(score), key=random.key(0))
+        state = module.keep_best(config, state, parameters(-1.0))
+        assert (state.params.critic, state.score) == (kept, best)
+        np.testing.assert_array_equal(state.latest.critic, new)
+
+
+def test_training_goes_on_from_the_last_iteration():
+    """With a score that no policy reaches the best parameters stay, and act, while the others are fitted."""
+    config, compiled = CONFIGS["nfqca"], programs("nfqca")
+    start = compiled.init(config, random.key(0))
+    first = jax.tree.map(np.array, start.params)
+    state, metrics = compiled.epoch(config, start._replace(score=jnp.array(jnp.inf)))
+    assert_same(state.params, first)
+    once = jax.tree.map(np.array, state.latest)
+    returns = jax.jit(nfqca.evaluate)(config, first, random.fold_in(state.key_eval, 2))
+    np.testing.assert_allclose(metrics.eval_returns, returns, rtol=1e-3)
+    state, _ = compiled.epoch(config, state)
+    assert_same(state.params, first)
+    moved = [
+        [np.abs(x - y).max() for x, y in zip(leaves(a), leaves(b), strict=True)]
+        for a, b in ((first, once), (once, state.latest))
+    ]
+    assert (np.array(moved) > 1e-3).any(axis=1).all()
+    assert state.score == jnp.inf
 
 
 @pytest.mark.quick

@@ -18,7 +18,7 @@ from experiments.study import Experiment
 ENV = "Pendulum-v1"
 LEVELS = {  # level: algorithm and its fields
     "fqi": ("fqi", {}),
-    **{f"exact {x:g}": ("fqi_amortized", {"exact_fraction": x}) for x in (1.0, 0.5, 0.1, 0.01, 0.0)},
+    **{f"exact {x:g}": ("fqi_amortized", {"exact_fraction": x}) for x in (1.0, 0.5, 0.1, 0.01)},
     "nfqca": ("nfqca", {}),
     "soft_fqi": ("soft_fqi", {}),
     **{f"window {n}": ("fqi_amortized", {"exact_fraction": 0.1, "window": n}) for n in (0, 1, 16)},

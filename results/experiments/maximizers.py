@@ -1,6 +1,6 @@
 """fqi's maximizers against the exact maximum of trained Q-networks.
 
-The networks (hidden 32 x 32) are those of fqi on environments with 1, 2 and 4 actions, the last a linear-quadratic
+The ReLU networks (hidden 32 x 32) are those of fqi on environments with 1, 2 and 4 actions, the last a linear-quadratic
 system. A gap is the exact maximum, by mixed-integer programming, minus the value of the action found, in percent of the
 range of q: from its minimum over random actions to its maximum, over all states. Times are those of the compiled
 maximizer on a batch of states, on one core, medians of three calls. Close other programs.
@@ -41,8 +41,8 @@ STYLES = {
 }
 CANDIDATES = {"gradient": "starts", "lbfgs": "starts", "cem": "samples", "grid": "points per axis"}
 FLOOR = 1e-5  # percent; less is rounding
-TRAINED = 20, {"hidden_sizes": (32, 32)}  # iterations, fields of the configuration
-BARELY_TRAINED = 1, {"num_base_points": 100, "hidden_sizes": (4,), "num_envs": 4, "fit_steps": 1}
+TRAINED = 20, {"hidden_sizes": (32, 32), "activation": "relu"}  # iterations, fields of the configuration
+BARELY_TRAINED = 1, TRAINED[1] | {"num_base_points": 100, "hidden_sizes": (4,), "num_envs": 4, "fit_steps": 1}
 
 
 def solve(config, params, obs, num_states):
