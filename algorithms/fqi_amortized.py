@@ -582,7 +582,8 @@ def init(config, key, base_points=None):
     window = jnp.zeros((config.window + 1, len(exact_points(config, len(points.reward))), points.action.shape[1]))
     latest = jax.tree.map(jnp.copy, params) if config.rounds > 1 else None
     infinity, counts = jnp.array(jnp.inf, float), (jnp.int32(num), jnp.int32(0), jnp.int32(0))
-    return State(params, latest, points, window, *counts, infinity, -infinity, losses, key, key_eval)
+    lowest = jnp.array(jnp.finfo(jnp.float32).min, float)  # finite, as all of a state is
+    return State(params, latest, points, window, *counts, infinity, lowest, losses, key, key_eval)
 
 
 def keep_best(config, state, best):

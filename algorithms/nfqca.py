@@ -416,7 +416,8 @@ def init(config, key, base_points=None):
     params, losses = Params(actor_init(config, key_actor), critic_init(config, key_critic)), tuple(jnp.zeros(3))
     latest = jax.tree.map(jnp.copy, params) if config.rounds > 1 else None
     infinity, counts = jnp.array(jnp.inf, float), (jnp.int32(num), jnp.int32(0), jnp.int32(0))
-    return State(params, latest, points, *counts, infinity, -infinity, losses, key, key_eval)
+    lowest = jnp.array(jnp.finfo(jnp.float32).min, float)  # finite, as all of a state is
+    return State(params, latest, points, *counts, infinity, lowest, losses, key, key_eval)
 
 
 def keep_best(config, state, best):
