@@ -485,6 +485,10 @@ def init(config, key):
     if config.noise == "inferred" and config.horizon > stored:
         raise ValueError(f"horizon={config.horizon}: must be at most {stored}, the warm-up's steps per environment")
     env = make_env(config.env)
+    length = math.ceil(config.learning_starts / config.num_envs)
+    steps = (length + num_epochs(config) * config.iterations_per_epoch) * config.num_envs
+    if steps >= 2**31:
+        raise ValueError(f"num_iterations={config.num_iterations}: must be less: {steps} steps are too many to count")
     key, key_eval, key_actor, key_model, key_env = random.split(key, 5)
     env_state, obs = jax.vmap(env.reset)(random.split(key_env, config.num_envs))
     *layers, (w, b) = mlp_init(key_actor, (env.obs_dim, *config.hidden_sizes, 2 * env.action_dim))
@@ -492,7 +496,6 @@ def init(config, key):
     row, unravel = ravel_pytree(example(config))
     buffer = jnp.zeros((math.ceil(config.buffer_size / config.num_envs) * config.num_envs, row.size))
     state = State(Params(actor_params, ()), None, buffer, env_state, obs, jnp.int32(0), jnp.int32(0), key, key_eval)
-    length = math.ceil(config.learning_starts / config.num_envs)
     state = lax.scan(lambda state, _: (collect(config, state, warm_up), None), state, length=length)[0]
     model = model_init(config, key_model, jax.vmap(unravel)(state.buffer[: length * config.num_envs]))
     actor_opt_state = optimizer(config.learning_rate).init(actor_params)

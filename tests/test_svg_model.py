@@ -156,6 +156,14 @@ def test_a_horizon_beyond_the_warm_up_is_named():
         svg_model.init(replace(CONFIG, horizon=17), random.key(0))
 
 
+@pytest.mark.quick
+def test_steps_beyond_the_counter_are_named():
+    """Four an iteration, and 64 of the warm-up."""
+    config = replace(CONFIG, num_iterations=2**29 - 16)
+    with pytest.raises(ValueError, match=f"^num_iterations={2**29 - 16}: must be less: {2**31} steps"):
+        svg_model.init(config, random.key(0))
+
+
 # Learning
 
 
