@@ -232,8 +232,9 @@ def random_policy(config, params, obs, key):
 
 
 def act(config, params, obs):
-    """Greedy action in the environment's units and shape, for one observation of any shape."""
-    return make_env(config.env).rescale(greedy(config, params, flatten(obs)))
+    """Greedy action in the environment's units and shape, for one of its observations."""
+    env = make_env(config.env)
+    return env.rescale(greedy(config, params, env.flatten(obs)))
 
 
 # Environment
@@ -247,14 +248,11 @@ class Env(NamedTuple):
 
     obs_dim: int
     action_dim: int
+    max_steps: int  # bound of evaluation episodes
+    flatten: Callable  # observation of any shape and type -> the same as floats [obs_dim], one-hot if Discrete
     reset: Callable  # key -> (env_state, obs)
     step: Callable  # (env_state, action, key) -> (env_state, obs, reward, next_obs, terminated, truncated)
     rescale: Callable  # action -> the same in the environment's bounds and shape
-
-
-def flatten(obs):
-    """One observation, of any shape and type, as floats `[obs_dim]`."""
-    return jnp.ravel(obs).astype(float)
 
 
 @functools.cache
@@ -264,8 +262,14 @@ def make_env(name):
         env, env_params = gymnax.make(name)
         space = env.action_space(env_params)
         low, high = (np.broadcast_to(getattr(space, bound, np.nan), space.shape) for bound in ("low", "high"))
-    if not np.isfinite([low, high]).all():
-        raise ValueError(f"env={name}: must have actions in a Box with finite bounds")
+        max_steps = max(10_000, getattr(env_params, "max_steps_in_episode", 0))  # there may be no time limit
+    fits = jnp.issubdtype(space.dtype, jnp.floating) and (np.abs([low, high]) < 1e38).all()  # finite also high - low
+    if not fits:
+        raise ValueError(f"env={name}: must have actions in a Box of floats with finite bounds")
+
+    def flatten(obs):
+        one_of_n = jnp.ndim(obs) == 0 and jnp.issubdtype(jnp.result_type(obs), jnp.integer)
+        return jax.nn.one_hot(obs, env.observation_space(env_params).n) if one_of_n else jnp.ravel(obs).astype(float)
 
     def rescale(action):
         return low + (action.reshape(low.shape) + 1) / 2 * (high - low)
@@ -280,7 +284,7 @@ def make_env(name):
         next_obs = jnp.where(terminated | truncated, flatten(info["final_observation"]), flatten(obs))
         return env_state, flatten(obs), reward, next_obs, terminated, truncated
 
-    return Env(jax.eval_shape(reset, random.key(0))[1].size, low.size, reset, step, rescale)
+    return Env(jax.eval_shape(reset, random.key(0))[1].size, low.size, max_steps, flatten, reset, step, rescale)
 
 
 def rollout(config, params, policy, env_state, obs, keys):
@@ -361,15 +365,15 @@ def evaluate(config, params, key):
     env = make_env(config.env)
 
     def step(carry):
-        env_state, obs, total, _, key = carry
+        env_state, obs, total, steps_left, key = carry
         key, key_step = random.split(key)
         env_state, obs, reward, _, terminated, truncated = env.step(env_state, greedy(config, params, obs), key_step)
-        return env_state, obs, total + reward, terminated | truncated, key
+        return env_state, obs, total + reward, jnp.where(terminated | truncated, 0, steps_left - 1), key
 
     def episode(key):
         key, key_reset = random.split(key)
-        carry = (*env.reset(key_reset), jnp.zeros(()), False, key)
-        return lax.while_loop(lambda carry: ~carry[3], step, carry)[2]
+        carry = (*env.reset(key_reset), jnp.zeros(()), env.max_steps, key)
+        return lax.while_loop(lambda carry: carry[3] > 0, step, carry)[2]
 
     return jax.vmap(episode)(random.split(key, config.num_eval_episodes))
 

@@ -48,6 +48,8 @@ def load(path, env_name):
     if mistake:
         cli.fail(f"--base-points {path}: {mistake}")
     obs, action, reward, next_obs, terminated = (x.reshape(len(x), -1).astype(np.float32) for x in points)
+    n = num_categories(env_name)
+    obs, next_obs = (np.eye(n, dtype=np.float32)[x[:, 0].astype(int)] if n else x for x in (obs, next_obs))
     return BasePoints(obs, encode(action, action_space(env_name)), reward[:, 0], next_obs, terminated[:, 0])
 
 
@@ -70,6 +72,10 @@ def mistakes(points, env_name):
     for name, rows in wrong.items():
         if rows.any():
             yield f"{name} must be finite; it is not in row {rows.argmax()}"
+    categories = num_categories(env_name)
+    for name, x in (("obs", points.obs), ("next_obs", points.next_obs)) if categories else ():
+        if not np.isin(x, np.arange(categories)).all():
+            yield f"{name} must be whole numbers from 0 to {categories - 1}, the observations of {env_name}"
     if not np.isin(points.terminated, (0, 1)).all():
         yield "terminated must be 0 or 1"
     slack = TOLERANCE * (high - low)
@@ -79,6 +85,14 @@ def mistakes(points, env_name):
         first, last, found = (", ".join(f"{x:g}" for x in values) for values in (low, high, points.action[row]))
         kind = "a whole number " if discrete else ""
         yield f"action must be {kind}from ({first}) to ({last}), the bounds of {env_name}; row {row} is ({found})"
+
+
+def num_categories(env_name):
+    """The number of Discrete observations of a gymnax environment; 0 for all others."""
+    env, env_params = gymnax.make(env_name)
+    obs = jax.eval_shape(env.reset, jax.random.key(0), env_params)[0]
+    one_of_n = obs.ndim == 0 and jax.numpy.issubdtype(obs.dtype, jax.numpy.integer)
+    return env.observation_space(env_params).n if one_of_n else 0
 
 
 def action_space(env_name):
@@ -117,10 +131,12 @@ def save(path, env_name, points, num):
         cli.fail(f"--save-base-points {path}: must be a file that ends in .npz")
     points = BasePoints(*(np.asarray(x)[:num] for x in points))
     action, terminated = decode(points.action, action_space(env_name)), points.terminated > 0
+    coded = {"obs": points.obs, "next_obs": points.next_obs} if num_categories(env_name) else {}
+    codes = {name: x.argmax(axis=1) for name, x in coded.items()}
     problem = "it exists" if distributed.is_first() and path.exists() else ""
     if distributed.is_first() and not problem:
         try:
-            record.write_arrays(path, points._replace(action=action, terminated=terminated)._asdict())
+            record.write_arrays(path, points._replace(action=action, terminated=terminated, **codes)._asdict())
         except OSError as error:
             problem = str(error)
     if any(distributed.any_process(problem != "")):

@@ -16,6 +16,8 @@ def check_config(config, function):
     try:
         result = jax.eval_shape(lambda key: function(config, key), jax.random.key(0))
     except ValueError as error:
+        if envs.explain(getattr(config, "env", None), error):
+            raise
         about_env = str(error).startswith("env=")
         cli.fail_field(config, error, f"; some that fit: {', '.join(envs.CONTINUOUS_ENVS)}" if about_env else "")
     needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(result))

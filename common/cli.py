@@ -22,12 +22,14 @@ class Options:
 
     seed: Annotated[int, ">= 0"] = 0  # the first seed
     num_seeds: Annotated[int, ">= 1"] = 1  # number of seeds; on a CPU each is bitwise the run of that seed alone
+    env_params: tuple[str, ...] = ()  # NAME=VALUE ...: fields of the environment's EnvParams, max_steps_in_episode=500
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FIELD=VALUE,VALUE,... may be repeated: runs the whole grid
     name: str = "default"  # folder of this run, inside <out>/<algorithm>/<env>/
     out: Path = Path("results/runs")  # folder of all results
     resume: bool = False  # continue an interrupted or killed run of the same command
     no_plot: bool = False  # do not draw curve.png
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log the metrics to one or both of these
+    traceback: bool = False  # show all of an exception from inside the environment, which gets one line otherwise
     distributed: bool = False  # one of several processes that share the runs, detected by JAX (Slurm, Open MPI, ...)
     coordinator_address: str = ""  # host:port of process 0, where JAX does not detect it
     num_processes: int = 0  # number of processes, where JAX does not detect it
@@ -47,10 +49,10 @@ def show_warnings():
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
-def fail(message) -> NoReturn:
-    """Report a user's mistake in one line on stderr and exit with code 2."""
+def fail(message, code=2) -> NoReturn:
+    """Report a user's mistake in one line on stderr and exit with code 2, or 1 where training had begun."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def fail_field(config, error, hint="") -> NoReturn:

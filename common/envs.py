@@ -1,45 +1,100 @@
 """Environments by name: gymnax's, the LQR systems, one's own as `module:factory`, and Gymnasium's counterparts."""
 
 import difflib
+import functools
 import importlib
 import os
 import sys
+from importlib import metadata
 
 import gymnax
 import numpy as np
+from gymnax import registration
 
 import amortax.common.lqr  # noqa: F401, registers its environments
+from amortax.common import contract, env_params, user_code
 from amortax.common.cli import fail
 
 # named here, not found by trying: gymnax makes some environments only after a download
 CONTINUOUS_ENVS = ("Pendulum-v1", "MountainCarContinuous-v0", "PointRobot-misc", "Reacher-misc", "Swimmer-misc")
 
 
-def register(name):
-    """Make `gymnax.make(name)` work for `module:factory`; fail where the environment is unknown or cannot be made."""
+def register(name, changes=(), show_traceback=False):
+    """Let `gymnax.make(name)` give one environment, checked, whose parameters are changed by words `NAME=VALUE`.
+
+    Fails where it is unknown, cannot be made or breaks the contract. Its factory is called once in a process.
+    """
     if ":" in name and name not in gymnax.registered_envs:
-        module, _, factory = name.partition(":")
-        sys.path.insert(0, os.getcwd())
-        try:
-            gymnax.register(name, getattr(importlib.import_module(module), factory))
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            fail(f"--env {name}: {error}; must be module:factory, a callable that returns a gymnax Environment")
+        import_factory(name, show_traceback)
     if name not in gymnax.registered_envs:
         lower = {known.lower(): known for known in gymnax.registered_envs}
         near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.4)]
         nearest = ", ".join(near or CONTINUOUS_ENVS)
         fail(f"--env {name}: no such gymnax environment; nearest: {nearest}; or your own as module:factory")
     try:
-        env, env_params = gymnax.make(name)
-        env.action_space(env_params)
+        env = make_once(name)
+    except Exception as error:  # a user's code can be wrong in any way
+        user_code.fail(name, error, show_traceback, "cannot be made: ")
+    if changes:
+        env = env_params.change(name, env, changes)
+    if changes or type(env).__module__.split(".")[0] not in ("gymnax", "amortax"):
+        contract.check(name, env, env.default_params, show_traceback)
+    registration._registry[name] = lambda: env  # gymnax has no way to register a name anew
+
+
+def import_factory(name, show_traceback):
+    """Register `module:factory` with gymnax."""
+    module, _, factory = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        gymnax.register(name, getattr(importlib.import_module(module), factory))
     except Exception as error:
-        fail(f"--env {name}: cannot be made: {type(error).__name__}: {error}")
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if not missing and user_code.place(user_code.frames(error)):
+            user_code.fail(name, error, show_traceback)
+        fail(f"--env {name}: {error}; must be module:factory, a callable that returns a gymnax Environment")
+
+
+@functools.cache
+def make_once(name):
+    """The environment `name` with its own parameters."""
+    return gymnax.make(name)[0]
+
+
+def describe(name):
+    """What `config.json` holds of an environment: changed parameters, and hash and version of code not gymnax's."""
+    if name not in gymnax.registered_envs:
+        return {}
+    env = gymnax.make(name)[0]
+    changed, files = getattr(env, "changed_params", {}), files_of(name)
+    described = {"env_params": changed} if changed else {}
+    return described | ({"env_sha256": user_code.sha256(files)} if files else {})
+
+
+def package(name):
+    """The installed package of an environment that is not gymnax's, by the name of its module; None for others."""
+    module = type(gymnax.make(name)[0]).__module__.split(".")[0] if name in gymnax.registered_envs else ""
+    try:
+        return metadata.distribution(module).name if module else None
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def files_of(name):
+    """The files of the code of an environment: see `user_code.files`."""
+    return user_code.files(name.partition(":")[0] if ":" in name else "", gymnax.make(name)[0])
+
+
+def explain(name, error):
+    """An exception in one line, if it comes from inside the environment `name`; else None."""
+    line = user_code.explain(files_of(name), error) if name in gymnax.registered_envs else None
+    return f"--env {name}: {line}" if line else None
 
 
 def has_box_actions(name):
     """Whether the environment's actions are a Box with finite bounds."""
-    env, env_params = gymnax.make(name)
-    space = env.action_space(env_params)
+    env, params = gymnax.make(name)
+    space = env.action_space(params)
     return hasattr(space, "low") and bool(np.isfinite(space.low).all() and np.isfinite(space.high).all())
 
 
@@ -53,8 +108,12 @@ def make_gymnasium(name, render_mode=None):
     # pygame draws: without a window, a sound device or a greeting on stdout
     for variable in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER", "PYGAME_HIDE_SUPPORT_PROMPT"):
         os.environ.setdefault(variable, "dummy")
-    env = gymnasium.make(name, render_mode=render_mode, disable_env_checker=True)
     other, other_params = gymnax.make(name)
+    changed = getattr(other, "changed_params", {})
+    if set(changed) - {"max_steps_in_episode"}:
+        fail(f"--backend gymnasium: it has no parameters such as this run's {', '.join(changed)}")
+    options = {"max_episode_steps": changed["max_steps_in_episode"]} if changed else {}
+    env = gymnasium.make(name, render_mode=render_mode, disable_env_checker=True, **options)
     for kind in ("observation_space", "action_space"):
         ours, theirs = getattr(other, kind)(other_params).shape, getattr(env, kind).shape
         if ours != theirs:

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from jax import lax, random
 
-from amortax.common import cli, envs, film, policy, record
+from amortax.common import cli, contract, envs, film, policy, record
 
 EPISODES_AT_ONCE = 1024  # gymnax episodes in parallel: it bounds the memory
 
@@ -44,11 +44,13 @@ class Episode(NamedTuple):
     obs: jax.Array  # [...]
     env_state: Any
     total: jax.Array  # [], sum of rewards so far
+    steps_left: jax.Array  # []
     ended: jax.Array  # [] bool; obs and env_state then belong to another episode
 
 
 def main():
     """Command line: `python -m amortax.common.play RUN`."""
+    cli.show_warnings()
     cli.show_rules(Play)
     play = cli.parse(Play, prog="python -m amortax.common.play")
     cli.check_range("episodes", play.episodes, 1, cli.INT_MAX)
@@ -103,7 +105,7 @@ def start(config, seed, i):
     env, env_params = gymnax.make(config.env)
     key, key_reset = random.split(random.fold_in(random.key(seed), i))
     obs, env_state = env.reset(key_reset, env_params)
-    return Episode(key, obs, env_state, jnp.zeros(()), jnp.array(False))
+    return Episode(key, obs, env_state, jnp.zeros(()), jnp.int32(contract.max_steps(env_params)), jnp.array(False))
 
 
 def step(act, config, params, episode):
@@ -112,7 +114,8 @@ def step(act, config, params, episode):
     key, key_step = random.split(episode.key)
     action = act(config, params, episode.obs)
     obs, env_state, reward, terminated, truncated, _ = env.step(key_step, episode.env_state, action, env_params)
-    return Episode(key, obs, env_state, episode.total + reward, terminated | truncated)
+    ended = terminated | truncated | (episode.steps_left <= 1)
+    return Episode(key, obs, env_state, episode.total + reward, episode.steps_left - 1, ended)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -32,7 +32,10 @@ def load(folder):
         module = load_algorithm(description["algorithm"], description["source"])
         if record.sha256(module.__file__) != description["source_sha256"]:
             print(f"note: {module.__file__} has changed since this run", file=sys.stderr)
-        envs.register(description["config"]["env"])
+        changes = [f"{key}={value}" for key, value in description.get("env_params", {}).items()]
+        envs.register(description["config"]["env"], changes)
+        if envs.describe(description["config"]["env"]).get("env_sha256") != description.get("env_sha256"):
+            print(f"note: the code of {description['config']['env']} has changed since this run", file=sys.stderr)
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
         config = module.Config(**values)
         shapes = jax.eval_shape(module.init, config, jax.random.key(0)).params

@@ -28,7 +28,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from amortax.common import envs
 from amortax.common.cli import fail
+
+# what determines the numbers beside the code; scipy solves the integer programs
+PACKAGES = ("jax", "jaxlib", "optax", "distrax", "gymnax", "numpy", "scipy", "jax-cuda12-plugin", "jax-cuda13-plugin")
+JAX_CONFIG = ("jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision")
 
 
 class Run(NamedTuple):
@@ -85,7 +90,7 @@ def describe(script, config, seed, base_points=None):
 
     `base_points` is the file of them, if there is one.
     """
-    packages = ("jax", "jaxlib", "optax", "gymnax", "numpy")
+    env = getattr(config, "env", None)
     description = {
         "algorithm": Path(script).stem,
         "seed": seed,
@@ -93,11 +98,21 @@ def describe(script, config, seed, base_points=None):
         "source": str(Path(script).resolve()),
         "source_sha256": sha256(script),
         "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
-    }
+        "versions": {"python": platform.python_version()} | versions([*PACKAGES, envs.package(env)]),
+        "jax_config": {name: getattr(jax.config, name) for name in JAX_CONFIG},
+    } | envs.describe(env)
     if base_points:
         description["base_points_sha256"] = sha256(base_points)
     return json.loads(json.dumps(description))  # tuples become lists, as in what is read
+
+
+def versions(packages):
+    """`{name: version}` of those packages that are installed."""
+    found = {}
+    for name in filter(None, packages):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def sha256(path):

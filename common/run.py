@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,13 +51,15 @@ def main(config_class, init, epoch, num_epochs):
     cli.show_warnings()
     config, options, data = cli.parse_run(config_class, init)
     grid = sweep.parse(config, options.sweep)
+    began = False
     try:
         out_folder, runs, points = prepare(config, options, data, grid, init)
+        began = True
         checkpoints = out_folder / f"checkpoint_{runs[0].seed}_{runs[-1].seed}"
         complete = train(init, epoch, num_epochs(config), runs, points, checkpoints, options)
         distributed.synchronize("trained")
     except Exception as error:
-        fail_late(error)
+        fail_late(error, config.env, options.traceback, code=1 if began else 2)
     if not complete:
         raise SystemExit(130)
     code = report(runs, out_folder, grid, options)
@@ -67,11 +70,11 @@ def main(config_class, init, epoch, num_epochs):
 def prepare(config, options, data, grid, init):
     """Set up devices and processes, check everything, then write `config.json`s: `(out_folder, runs, base points)`."""
     track.check(options.track)
-    envs.register(config.env)
     cells = sweep.cells(config, grid)
     if options.distributed:
         distributed.connect(options.coordinator_address, options.num_processes, options.process_id)
     devices.set_up_backend(len(cells) * options.num_seeds, devices.largest_product(config))
+    envs.register(config.env, options.env_params, options.traceback)
     for changed in [config, *sweep.one_by_one(config, grid)]:
         checks.check_config(changed, init)
     points = base_points.load_and_save(data, options, config, init)
@@ -85,15 +88,18 @@ def prepare(config, options, data, grid, init):
     return out_folder, runs, points
 
 
-def fail_late(error):
-    """End the process for an error that is no mistake in the command."""
+def fail_late(error, env, show_traceback, code):
+    """End the process for an error that is no mistake in the command; with `code` for one inside the environment."""
     message = str(error) if isinstance(error, (track.Failed, distributed.Lost)) else None
     if isinstance(error, jax.errors.JaxRuntimeError) and milp.failures:  # in a call of the host by the program
         message = f"--maximizer milp: {milp.failures.pop()}"
+    inside_env = None if message else envs.explain(env, error)
+    if inside_env and show_traceback:
+        traceback.print_exception(error)
     if jax.process_count() > 1:
-        distributed.abort(error, message)
-    if message:
-        cli.fail(message)
+        distributed.abort(error, message or inside_env)
+    if message or inside_env:
+        cli.fail(message or inside_env, code if inside_env else 2)
     raise error
 
 

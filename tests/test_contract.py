@@ -376,7 +376,7 @@ def test_every_number_out_of_its_range_is_named(name):
 def test_an_environment_that_does_not_fit_is_named(name):
     module = ALGORITHMS[name]
     env = "CartPole-v1" if not hasattr(module.make_env("Pendulum-v1"), "discrete") else "Unbounded-test"
-    with pytest.raises(ValueError, match=f"^env={env}: must have .*Box with finite bounds"):
+    with pytest.raises(ValueError, match=f"^env={env}: must have .*Box of floats with finite bounds"):
         module.init(replace(CONFIGS[name], env=env), random.key(0))
 
 
