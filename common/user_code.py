@@ -1,12 +1,13 @@
 """The code of an environment that is not gymnax's own: its files and their hash, and its exceptions in one line."""
 
+import ast
 import hashlib
+import importlib.util
 import logging
 import os
 import re
 import sys
 import traceback
-import types
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,12 +41,16 @@ def files(module_name, env):
 
 
 def used(module):
-    """Yield the names of the user's modules that a module refers to."""
-    for value in list(vars(module).values()):
-        name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-        file = getattr(sys.modules.get(name), "__file__", None) if isinstance(name, str) else None
-        if file and "site-packages" not in file and not is_library(file) and not name.startswith("amortax"):
-            yield name
+    """Yield the names of the user's modules that a module imports."""
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        names = [alias.name for alias in getattr(node, "names", [])]
+        if isinstance(node, ast.ImportFrom):
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__ or None)
+            names = [origin, *(f"{origin}.{name}" for name in names)]
+        for name in names if isinstance(node, ast.Import | ast.ImportFrom) else []:
+            file = getattr(sys.modules.get(name), "__file__", None)
+            if file and "site-packages" not in file and not is_library(file) and not name.startswith("amortax"):
+                yield name
 
 
 def sha256(files):
