@@ -34,7 +34,8 @@ def load(folder):
             print(f"note: {module.__file__} has changed since this run", file=sys.stderr)
         changes = [f"{key}={value}" for key, value in description.get("env_params", {}).items()]
         envs.register(description["config"]["env"], changes)
-        if envs.describe(description["config"]["env"]).get("env_sha256") != description.get("env_sha256"):
+        known = description.get("env_sha256")  # of code that is not gymnax's
+        if known and known != envs.describe(description["config"]["env"]).get("env_sha256"):
             print(f"note: the code of {description['config']['env']} has changed since this run", file=sys.stderr)
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
         config = module.Config(**values)

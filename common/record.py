@@ -1,6 +1,6 @@
 """The files of a run: their layout, writing and reading.
 
-    <out>/<algorithm>/<env>/<name>/seed_<s>/config.json    what was run: algorithm, environment, seed, hyperparameters, versions
+    <out>/<algorithm>/<env>/<name>/seed_<s>/config.json    what was run, and all that decides its numbers
     <out>/<algorithm>/<env>/<name>/seed_<s>/metrics.csv    a row for each epoch
     <out>/<algorithm>/<env>/<name>/seed_<s>/policy.npz     every learned array, named by its place in `State.params`
     <out>/<algorithm>/<env>/<name>/curve.png               all seeds of the folder

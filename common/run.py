@@ -94,12 +94,13 @@ def fail_late(error, env, show_traceback, code):
     if isinstance(error, jax.errors.JaxRuntimeError) and milp.failures:  # in a call of the host by the program
         message = f"--maximizer milp: {milp.failures.pop()}"
     inside_env = None if message else envs.explain(env, error)
+    message = message or inside_env
     if inside_env and show_traceback:
         traceback.print_exception(error)
     if jax.process_count() > 1:
-        distributed.abort(error, message or inside_env)
-    if message or inside_env:
-        cli.fail(message or inside_env, code if inside_env else 2)
+        distributed.abort(error, message)
+    if message:
+        cli.fail(message, code if inside_env else 2)
     raise error
 
 
