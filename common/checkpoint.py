@@ -43,7 +43,7 @@ def save(folder, position, arrays):
 
 def latest(folder):
     """The `Position` of the checkpoint in `folder`; None without one."""
-    if not folder.exists():
+    if not folder.is_dir():
         return None
     import orbax.checkpoint as ocp
 
@@ -66,7 +66,7 @@ def restore(folder, num_arrays):
 
 def delete(folder):
     """Remove all checkpoints: the command is complete."""
-    if distributed.is_first() and folder.exists():
+    if distributed.is_first() and folder.is_dir():
         hidden = folder.with_name(f".{folder.name}")
         os.replace(folder, hidden)  # at once: what a kill leaves must not be taken for a checkpoint
         shutil.rmtree(hidden, ignore_errors=True)

@@ -7,6 +7,8 @@ import jax
 
 from amortax.common import cli, distributed, envs, record, sweep
 
+NAME_MAX = 255  # bytes in the name of a folder, on all common file systems
+
 
 def check_config(config, function):
     """Trace `function(config, key)`, such as `init`; fail on what it refuses or what memory cannot hold.
@@ -28,15 +30,22 @@ def check_config(config, function):
 
 def check_folders(out_folder, script, runs, grid, options, base_points=None):
     """Write each run's `config.json`; fail with nothing written where there is another run, or none to resume."""
-    check_unfinished(out_folder, runs, options)
+    longest = max((out_folder.name, *(run.group.name for run in runs)), key=lambda name: len(os.fsencode(name)))
+    if len(os.fsencode(longest)) > NAME_MAX:
+        what = f"the name of the folder {longest}" if grid else "it"
+        cli.fail(f"--name {options.name}: {what} must have at most {NAME_MAX} bytes, not {len(os.fsencode(longest))}")
     descriptions = {run.folder: record.describe(script, run.config, run.seed, base_points) for run in runs}
-    for folder, description in descriptions.items():
-        check_folder(folder, description, options)
+    try:
+        check_unfinished(out_folder, runs, options)
+        for folder, description in descriptions.items():
+            check_folder(folder, description, options)
+    except OSError as error:
+        cli.fail(f"--out {options.out}: cannot be read: {error.strerror}")
     if grid:
         seeds = [runs[0].seed, runs[-1].seed]
         descriptions[out_folder] = sweep.describe(descriptions[runs[0].folder], grid, seeds)
-        old = record.read_config(out_folder) if out_folder.exists() else descriptions[out_folder]
-        changes = record.differences(old, descriptions[out_folder])
+        is_new = not (out_folder / "config.json").exists()
+        changes = [] if is_new else record.differences(record.read_config(out_folder), descriptions[out_folder])
         if changes:
             there = f"{out_folder} holds a different sweep ({'; '.join(changes)})"
             cli.fail(f"--name {options.name}: {there}; choose another name")
@@ -50,6 +59,8 @@ def check_unfinished(out_folder, runs, options):
     """Fail where an unfinished command shares seeds with this one, unless this one resumes it."""
     first, last = runs[0].seed, runs[-1].seed
     for path in out_folder.glob("checkpoint_*_*"):
+        if not record.is_ours(path, r"checkpoint_\d+_\d+"):
+            continue
         start, end = map(int, path.name.split("_")[1:])
         if start <= last and first <= end and not (options.resume and (start, end) == (first, last)):
             flags = f"--seed {start} --num-seeds {end - start + 1} --resume"
@@ -58,9 +69,12 @@ def check_unfinished(out_folder, runs, options):
 
 def check_folder(folder, description, options):
     """Fail where the folder of a run holds a different run, or nothing to resume."""
-    if options.resume and not (folder / "config.json").exists():
-        cli.fail(f"--resume: nothing to resume in {folder}")
-    if not folder.exists() or all(file.name.startswith(".") for file in folder.iterdir()):
+    if not (folder / "config.json").exists():
+        if options.resume:
+            cli.fail(f"--resume: nothing to resume in {folder}")
+        found = next((name for name in record.RUN_FILES if (folder / name).exists()), None)
+        if found:
+            cli.fail(f"--name {options.name}: {folder} holds a {found}, but no config.json that tells of which run")
         return
     changes = "; ".join(record.differences(record.read_config(folder), description))
     if changes and options.resume:

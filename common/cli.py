@@ -118,8 +118,7 @@ def parse_run(config_class, init):
     config, options, data = parse(function, prog=Path(sys.argv[0]).name, description=summary(config_class))
     check_range("num-seeds", options.num_seeds, 1, INT_MAX)
     check_range("seed", options.seed, 0, INT_MAX - options.num_seeds)
-    if not re.fullmatch(r"\w[\w.+=-]*", options.name):
-        fail(f"--name {options.name!r}: must be a plain folder name of letters, digits and . _ + = -")
+    check_name(options.name)
     check_distributed(options)
     return config, options, data
 
@@ -128,6 +127,16 @@ def check_range(flag, value, low, high):
     """Fail unless `low <= value <= high`."""
     if not low <= value <= high:
         fail(f"--{flag} {value}: must be from {low} to {high}")
+
+
+def check_name(name):
+    """Fail unless `name` can be that of a folder on any system, beside the folder of a sweep."""
+    if not re.fullmatch(r"\w([\w.+=-]*[\w+=-])?", name):
+        fail(f"--name {name!r}: must be a plain folder name of letters, digits and . _ + = -, without a dot at its end")
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE):
+        fail(f"--name {name}: must not be a name that Windows reserves for a device")
+    if name.endswith("-sweep"):
+        fail(f"--name {name}: must not end in -sweep: the table of a sweep has such a folder")
 
 
 def check_distributed(options):

@@ -75,7 +75,7 @@ def find_seed(run):
     """The folder of a seed: `run` itself, or the only one in it."""
     if not run.is_dir():
         cli.fail(f"{run}: no such folder")
-    seeds = sorted(run.glob("seed_*"), key=lambda path: (len(path.name), path.name))
+    seeds = [record.seed_folder(run, seed) for seed in record.seeds(run)]
     if len(seeds) > 1 and not (run / "config.json").exists():
         cli.fail(f"{run}: holds {len(seeds)} seeds; choose one: {', '.join(str(path) for path in seeds)}")
     return seeds[0] if len(seeds) == 1 else run

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import zipfile
@@ -29,6 +30,9 @@ import jax
 import numpy as np
 
 from amortax.common.cli import fail
+
+RUN_FILES = ("config.json", "metrics.csv", "policy.npz")
+FILES = (*RUN_FILES, "curve.png", "sweep.csv", "sweep.png")
 
 
 class Run(NamedTuple):
@@ -46,7 +50,7 @@ class Run(NamedTuple):
 
 def group_folder(out, algorithm, env, name):
     """The folder that the seeds of one configuration share."""
-    return Path(out) / algorithm / env.replace(":", ".") / name
+    return Path(out) / algorithm / re.sub("[:/]", ".", env) / name
 
 
 def seed_folder(group, seed):
@@ -54,10 +58,20 @@ def seed_folder(group, seed):
     return Path(group) / f"seed_{seed}"
 
 
+def seeds(group):
+    """The seeds that have a folder in a group, sorted; whatever else lies there is ignored."""
+    return sorted(int(path.name[5:]) for path in Path(group).glob("seed_*") if is_ours(path, r"seed_(0|[1-9]\d*)"))
+
+
+def is_ours(folder, pattern):
+    """Whether this is a folder with a name of the pattern, and not a copy or a file with a similar one."""
+    return bool(re.fullmatch(pattern, folder.name, re.ASCII)) and folder.is_dir()
+
+
 def write_atomic(path, data):
     """Write bytes to `path`; whatever happens, it holds all of them or its former content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -73,11 +87,12 @@ def write_atomic(path, data):
 
 def remove_leftovers(folder):
     """Delete temporary files of a process that was killed while it wrote files or removed checkpoints."""
-    for name in ("config.json", "metrics.csv", "policy.npz", "curve.png", "sweep.csv", "sweep.png"):
-        for path in Path(folder).glob(f".{name}.*"):
+    for path in Path(folder).glob(".*"):
+        name, _, random = path.name.removeprefix(".").removesuffix(".tmp").rpartition(".")
+        if name in FILES and path.name == f".{name}.{random}.tmp":
             path.unlink(missing_ok=True)
-    for path in Path(folder).glob(".checkpoint_*"):
-        shutil.rmtree(path, ignore_errors=True)
+        elif is_ours(path, r"\.checkpoint_\d+_\d+"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def describe(script, config, seed, base_points=None):
@@ -120,7 +135,10 @@ def differences(old, new, prefix=""):
 def read_config(folder):
     """The description in `folder/config.json`; fails if there is none."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text())
+        description = json.loads((Path(folder) / "config.json").read_text())
+        if not isinstance(description, dict):
+            raise ValueError("must be an object")
+        return description
     except (OSError, ValueError) as error:
         fail(f"{folder}: no run here: config.json: {error}")
 

@@ -100,14 +100,6 @@ def test_out_is_a_file_or_not_writable(monkeypatch, capsys, tmp_path):
     assert "--out /proc/runs: cannot write" in fails(monkeypatch, capsys, "/proc/runs")
 
 
-def test_foreign_files_in_the_folder_are_kept(monkeypatch, capsys, tmp_path):
-    folder = tmp_path / "td3" / "Pendulum-v1" / "default" / "seed_0"
-    folder.mkdir(parents=True)
-    (folder / "thesis.txt").write_text("mine")
-    assert "config.json" in fails(monkeypatch, capsys, tmp_path)
-    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "fields",
