@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from amortax.common import distributed
+from amortax.common import cli, distributed
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -54,14 +54,27 @@ def latest(folder):
         return Position(**manager.restore(manager.latest_step(), args=args).position)
 
 
-def restore(folder, num_arrays):
-    """The list of `num_arrays` arrays of the checkpoint in `folder`, as NumPy arrays."""
+def restore(folder, like):
+    """The arrays of the checkpoint in `folder` as NumPy arrays; fails unless each is as in the list `like`."""
     import orbax.checkpoint as ocp
 
-    as_numpy = [ocp.RestoreArgs(restore_type=np.ndarray)] * num_arrays
+    as_numpy = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(like)
     args = ocp.args.Composite(states=ocp.args.PyTreeRestore(item=as_numpy, restore_args=as_numpy))
-    with open_manager(folder) as manager:
-        return manager.restore(manager.latest_step(), args=args).states
+    try:
+        with open_manager(folder) as manager:
+            arrays = manager.restore(manager.latest_step(), args=args).states
+    except Exception as error:  # files, versions and structures can be wrong in any way
+        cli.fail(f"--resume: {folder}: its state cannot be read: {str(error)[:200]}")
+    check_arrays(folder, arrays, like)
+    return arrays
+
+
+def check_arrays(path, arrays, like):
+    """Fail unless `arrays`, with a leading axis of any size, have the types and the other axes of `like`."""
+    for i, (x, y) in enumerate(zip(arrays, like, strict=True)):
+        if (x.dtype, x.shape[1:]) != (y.dtype, y.shape[1:]):
+            found, expected = (f"{z.dtype}{list(z.shape[1:])}" for z in (x, y))
+            cli.fail(f"--resume: {path}: its state cannot be read: array {i} is {found}, the program's {expected}")
 
 
 def delete(folder):

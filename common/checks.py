@@ -7,6 +7,7 @@ import jax
 
 from amortax.common import cli, distributed, envs, record, sweep
 
+OF_A_SEED = ("seed", *record.PLACE)  # entries of `config.json` in which the seeds of a group may differ
 NAME_MAX = 255  # bytes in the name of a folder, on all common file systems
 
 
@@ -37,15 +38,22 @@ def check_folders(out_folder, script, runs, grid, options, base_points=None):
     descriptions = {run.folder: record.describe(script, run.config, run.seed, base_points) for run in runs}
     try:
         check_unfinished(out_folder, runs, options)
-        for folder, description in descriptions.items():
-            check_folder(folder, description, options)
+        moved = [line for folder, x in descriptions.items() for line in check_folder(folder, x, options)]
+        for group in {run.group for run in runs if not options.resume}:
+            check_group(group, descriptions, options)
     except OSError as error:
         cli.fail(f"--out {options.out}: cannot be read: {error.strerror}")
+    if moved and distributed.is_first():
+        what = f"--resume on another device or with other versions ({'; '.join(dict.fromkeys(moved))})"
+        cli.warn(f"{what}: the result may differ from an unbroken run's")
     if grid:
         seeds = [runs[0].seed, runs[-1].seed]
         descriptions[out_folder] = sweep.describe(descriptions[runs[0].folder], grid, seeds)
         is_new = not (out_folder / "config.json").exists()
-        changes = [] if is_new else record.differences(record.read_config(out_folder), descriptions[out_folder])
+        old = descriptions[out_folder] if is_new else record.read_config(out_folder)
+        changes = record.differences(old, descriptions[out_folder])
+        if options.resume:
+            changes = [line for line in changes if line not in record.place_differences(old, descriptions[out_folder])]
         if changes:
             there = f"{out_folder} holds a different sweep ({'; '.join(changes)})"
             cli.fail(f"--name {options.name}: {there}; choose another name")
@@ -68,19 +76,38 @@ def check_unfinished(out_folder, runs, options):
 
 
 def check_folder(folder, description, options):
-    """Fail where the folder of a run holds a different run, or nothing to resume."""
+    """Fail where the folder of a run holds a different run, or nothing to resume.
+
+    Returns how the place of a run to resume differs: it may be another device, or have other versions.
+    """
     if not (folder / "config.json").exists():
         if options.resume:
             cli.fail(f"--resume: nothing to resume in {folder}")
         found = next((name for name in record.RUN_FILES if (folder / name).exists()), None)
         if found:
             cli.fail(f"--name {options.name}: {folder} holds a {found}, but no config.json that tells of which run")
-        return
-    changes = "; ".join(record.differences(record.read_config(folder), description))
-    if changes and options.resume:
-        cli.fail(f"--resume: {folder} was run differently: {changes}")
-    if changes:
-        cli.fail(f"--name {options.name}: {folder} holds a different run ({changes}); choose another name")
+        return []
+    old = record.read_config(folder)
+    changes, moved = record.differences(old, description), record.place_differences(old, description)
+    if options.resume:
+        changes = [line for line in changes if line not in moved]
+        if changes:
+            cli.fail(f"--resume: {folder} was run differently: {'; '.join(changes)}")
+    elif changes:
+        cli.fail(f"--name {options.name}: {folder} holds a different run ({'; '.join(changes)}); choose another name")
+    return moved
+
+
+def check_group(group, descriptions, options):
+    """Fail where other seeds in the folder of a group are of another configuration: one curve is drawn of all."""
+    folders = {record.seed_folder(group, seed) for seed in record.seeds(group)}
+    new = next(x for folder, x in descriptions.items() if folder.parent == group)
+    for folder in sorted(folders - set(descriptions)):
+        old = record.read_config(folder) if (folder / "config.json").exists() else new
+        changes = record.differences(*({k: v for k, v in x.items() if k not in OF_A_SEED} for x in (old, new)))
+        if changes:
+            said = f"{folder} is of another configuration ({'; '.join(changes)})"
+            cli.fail(f"--name {options.name}: {said}, and a curve is drawn of all seeds; choose another name")
 
 
 def write_configs(out_folder, descriptions):

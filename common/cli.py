@@ -23,9 +23,9 @@ class Options:
     seed: Annotated[int, ">= 0"] = 0  # the first seed
     num_seeds: Annotated[int, ">= 1"] = 1  # number of seeds; on a CPU each is bitwise the run of that seed alone
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FIELD=VALUE,VALUE,... may be repeated: runs the whole grid
-    name: str = "default"  # folder of this run, inside <out>/<algorithm>/<env>/
+    name: str = "default"  # folder of the seeds of one configuration, inside <out>/<algorithm>/<env>/
     out: Path = Path("results/runs")  # folder of all results
-    resume: bool = False  # continue an interrupted or killed run of the same command
+    resume: bool = False  # continue an interrupted or killed run of the same command, here or on another machine
     no_plot: bool = False  # do not draw curve.png
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log the metrics to one or both of these
     distributed: bool = False  # one of several processes that share the runs, detected by JAX (Slurm, Open MPI, ...)
@@ -45,6 +45,11 @@ class Data:
 def show_warnings():
     """Show warnings, such as an algorithm's about an environment, in one line each on stderr."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+
+
+def warn(message):
+    """Print a warning in one line on stderr."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def fail(message) -> NoReturn:

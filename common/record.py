@@ -33,6 +33,7 @@ from amortax.common.cli import fail
 
 RUN_FILES = ("config.json", "metrics.csv", "policy.npz")
 FILES = (*RUN_FILES, "curve.png", "sweep.csv", "sweep.png")
+PLACE = ("device", "versions")  # entries of `config.json` that say where a run was made, not which run it is
 
 
 class Run(NamedTuple):
@@ -130,6 +131,11 @@ def differences(old, new, prefix=""):
         elif a != b:
             lines.append(f"{prefix}{name}: {a} -> {b}")
     return lines
+
+
+def place_differences(old, new):
+    """The `differences` in where two runs were made."""
+    return differences(*({name: x[name] for name in PLACE if name in x} for x in (old, new)))
 
 
 def read_config(folder):

@@ -177,7 +177,7 @@ def begin(training, position, batch):
     """The states of a round at `position`, from its checkpoint or from `init`."""
     if not position.epochs:
         return programs.start(training.programs, batch)
-    arrays = checkpoint.restore(training.checkpoints, programs.num_arrays(training.programs))
+    arrays = checkpoint.restore(training.checkpoints, programs.array_shapes(training.programs))
     return programs.from_arrays(training.programs, arrays, position.last - position.first)
 
 

@@ -1,11 +1,14 @@
 """Result folders: foreign files, names, whose runs share a curve, resuming elsewhere, extending, warm starts."""
 
+import shutil
+
+import jax
 import pytest
 from cases import replace
 from test_cli import fails
 from test_run import CONFIG, contents, execute, group, interrupt_after
 
-from amortax.common import plot, record
+from amortax.common import checkpoint, plot, record
 
 SHORT = replace(CONFIG, total_steps=96)  # two epochs of the six of CONFIG
 
@@ -105,3 +108,77 @@ def test_separators_in_an_environment_make_no_folders():
         "td3",
         "playground.CheetahRun",
     )
+
+
+# Which runs share a curve
+
+
+def test_seeds_of_other_configurations_are_refused(monkeypatch, capsys, tmp_path):
+    """A second seed under the same name: of the same configuration also from elsewhere, of no other one."""
+    assert execute(monkeypatch, tmp_path, config=SHORT) == 0
+    description = record.read_config(group(tmp_path) / "seed_0")
+    elsewhere = description | {
+        "device": "Abacus",
+        "source": "/gone",
+        "versions": description["versions"] | {"jax": "9"},
+    }
+    record.write_config(group(tmp_path) / "seed_0", elsewhere)
+    assert execute(monkeypatch, tmp_path, "--seed", "1", config=SHORT) == 0
+    files = contents(tmp_path)
+    capsys.readouterr()
+    for flags, said in (
+        (["--learning-rate", "0.01"], "config.learning_rate: 0.001 -> 0.01"),
+        (["--total-steps", "160"], "config.total_steps: 96 -> 160"),
+    ):
+        assert execute(monkeypatch, tmp_path, "--seed", "2", *flags, config=SHORT) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(
+            f"error: --name default: {group(tmp_path) / 'seed_0'} is of another configuration ({said}"
+        )
+    record.write_config(group(tmp_path) / "seed_0", description | {"source_sha256": "0"})
+    assert execute(monkeypatch, tmp_path, "--seed", "2", config=SHORT) == 2
+    assert "(source_sha256: 0 -> " in capsys.readouterr().err
+    record.write_config(group(tmp_path) / "seed_0", elsewhere)
+    assert contents(tmp_path) == files
+
+
+# Resuming elsewhere
+
+
+def test_resume_in_a_moved_folder_on_another_device_with_other_versions(monkeypatch, capsys, tmp_path):
+    """One line of warning; here the numbers are the same."""
+    assert execute(monkeypatch, tmp_path / "unbroken", "--num-seeds", "2", "--no-plot") == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert execute(patch, tmp_path / "a", "--num-seeds", "2", "--no-plot") == 130
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    for folder in group(tmp_path / "b").glob("seed_*"):
+        old = record.read_config(folder)
+        record.write_config(folder, old | {"device": "Abacus", "versions": old["versions"] | {"jax": "0.0.1"}})
+    capsys.readouterr()
+    assert execute(monkeypatch, tmp_path / "b", "--num-seeds", "2", "--no-plot", "--resume") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: --resume on another device or with other versions (device: Abacus -> ")
+    assert f"versions.jax: 0.0.1 -> {jax.__version__}" in line
+    assert contents(group(tmp_path / "b")) == contents(group(tmp_path / "unbroken"))
+
+
+@pytest.mark.parametrize("damage", ["shape", "number", "file"])
+def test_resume_refuses_a_state_that_it_cannot_read(monkeypatch, capsys, tmp_path, damage):
+    """Of another structure, as another version of a library may write it, or truncated."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        if damage != "file":
+            change = {"shape": lambda x: [x[0], x[1][:, :4], *x[2:]], "number": lambda x: x[:-1]}[damage]
+            save = checkpoint.save
+            patch.setattr(checkpoint, "save", lambda *args: save(*args[:2], change(args[2]), *args[3:]))
+        assert execute(patch, tmp_path, "--no-plot") == 130
+    if damage == "file":
+        for path in group(tmp_path).glob("checkpoint_0_0/*/states/**/d/*"):
+            path.write_bytes(path.read_bytes()[:100])
+    capsys.readouterr()
+    files = contents(group(tmp_path))
+    assert execute(monkeypatch, tmp_path, "--no-plot", "--resume") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --resume: {group(tmp_path) / 'checkpoint_0_0'}: its state cannot be read")
+    assert contents(group(tmp_path)) == files

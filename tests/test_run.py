@@ -462,7 +462,7 @@ def test_runs_that_share_a_device_are_vmapped(tmp_path):
     # a checkpoint of this layout continues in the other one, with a run at a time on a device
     assert checkpoint.latest(tmp_path / "checkpoint") == (0, 3, 1)
     single = compile_once(CONFIG, td3.init, td3.epoch, 3)
-    arrays = checkpoint.restore(tmp_path / "checkpoint", programs.num_arrays(single))
+    arrays = checkpoint.restore(tmp_path / "checkpoint", programs.array_shapes(single))
     restored = programs.from_arrays(single, arrays, single.round_size)
     single_batch = programs.place(single, [CONFIG] * 2, [0, 1])
     assert single_batch.run_indices == [[0], [1]]
