@@ -1,6 +1,7 @@
-"""Policies: the learned arrays of a run, written as `policy.npz` and rebuilt from a run's folder."""
+"""Policies: the learned arrays of a run, the last and the best, written to its folder and rebuilt from there."""
 
 import importlib.util
+import math
 import sys
 import zipfile
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from amortax.common import envs, record
 from amortax.common.cli import fail
 
+FILES = {"last": "policy.npz", "best": "policy_best.npz"}  # the best is that of the highest mean return
+
 
 def array_names(params):
     """A name such as `actor/0/1` for each leaf of `params`, in order."""
@@ -18,14 +21,23 @@ def array_names(params):
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
 
 
-def save(folder, params):
-    """Write `policy.npz`."""
+def save(folder, params, which="last"):
+    """Write `policy.npz`, or `policy_best.npz`."""
     arrays = dict(zip(array_names(params), jax.tree.leaves(params), strict=True))
-    record.write_arrays(Path(folder) / "policy.npz", arrays)
+    record.write_arrays(Path(folder) / FILES[which], arrays)
 
 
-def load(folder):
-    """Return `(module, config, params)` of a saved run: the algorithm's module, its Config and its State.params."""
+def is_best(rows):
+    """Whether the last row of a run has the highest return so far, the first of equals, and finite parameters."""
+    *earlier, last = (float(row["eval_return_mean"]) if int(row["finite"]) else math.nan for row in rows)
+    return math.isfinite(last) and not any(x >= last for x in earlier)
+
+
+def load(folder, which="last"):
+    """Return `(module, config, params)` of a saved run: the algorithm's module, its Config and its State.params.
+
+    `which` is "last" or "best", the parameters with the highest mean return in an evaluation.
+    """
     folder = Path(folder)
     description = record.read_config(folder)
     try:
@@ -38,9 +50,10 @@ def load(folder):
         shapes = jax.eval_shape(module.init, config, jax.random.key(0)).params
     except Exception as error:  # a description or a source that somebody edited can be wrong in any way
         fail(f"{folder / 'config.json'}: describes no run that can be rebuilt: {type(error).__name__}: {error}")
-    arrays = read_arrays(folder / "policy.npz")
+    path = folder / FILES[which]
+    arrays = read_arrays(path)
     names, leaves = array_names(shapes), jax.tree.leaves(shapes)
-    check_arrays(folder / "policy.npz", description["algorithm"], arrays, dict(zip(names, leaves, strict=True)))
+    check_arrays(path, description["algorithm"], arrays, dict(zip(names, leaves, strict=True)))
     return module, config, jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in names])
 
 

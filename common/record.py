@@ -3,6 +3,7 @@
     <out>/<algorithm>/<env>/<name>/seed_<s>/config.json    what was run: algorithm, seed, hyperparameters, versions
     <out>/<algorithm>/<env>/<name>/seed_<s>/metrics.csv    a row for each epoch
     <out>/<algorithm>/<env>/<name>/seed_<s>/policy.npz     every learned array, named by its place in `State.params`
+    <out>/<algorithm>/<env>/<name>/seed_<s>/policy_best.npz     the same, at the best evaluation
     <out>/<algorithm>/<env>/<name>/curve.png               all seeds of the folder
 
     A sweep writes such a folder for each of its cells, and one of its own beside them: see `common/sweep.py`.
@@ -31,7 +32,7 @@ import numpy as np
 
 from amortax.common.cli import fail
 
-RUN_FILES = ("config.json", "metrics.csv", "policy.npz")
+RUN_FILES = ("config.json", "metrics.csv", "policy.npz", "policy_best.npz")
 FILES = (*RUN_FILES, "curve.png", "sweep.csv", "sweep.png")
 PLACE = ("device", "versions")  # entries of `config.json` that say where a run was made, not which run it is
 

@@ -155,21 +155,23 @@ def train_round(training, position, interrupted, show, log):
     rows = {i: record.read_rows(runs[i].folder, position.epochs) for held in batch.run_indices for i in held}
     began = last_save = time.monotonic()
     states, reached, save_seconds = begin(training, position, batch), position, SAVE_SECONDS
+    best = {}  # parameters of the runs whose best evaluation has not been saved
     (stop,) = distributed.any_process(interrupted.is_set())
     while reached.epochs < training.num_epochs and not stop:
         states, outs = programs.advance(training.programs, batch, states)
         for i, (metrics, finite) in programs.by_run(batch, outs).items():
             rows[i].append(record.metrics_row(metrics, finite))
+        best |= best_params(batch, states, rows)
         reached = reached._replace(epochs=reached.epochs + 1)
         show(*epoch_line(training, position, reached, rows, time.monotonic() - began))
         due = time.monotonic() - last_save >= save_seconds / CHECKPOINT_SHARE
         stop, due = distributed.any_process(interrupted.is_set(), due)  # all processes save together
         if due and not stop and reached.epochs < training.num_epochs:
             last_save = time.monotonic()
-            save(training, reached, batch, states, rows, log)
-            save_seconds = time.monotonic() - last_save
+            save(training, reached, batch, states, rows, best, log)
+            best, save_seconds = {}, time.monotonic() - last_save
     if reached != position:
-        save(training, reached, batch, states, rows, log)
+        save(training, reached, batch, states, rows, best, log)
     return reached.epochs, rows[0][-1] if rows.get(0) else None
 
 
@@ -181,14 +183,23 @@ def begin(training, position, batch):
     return programs.from_arrays(training.programs, arrays, position.last - position.first)
 
 
-def save(training, reached, batch, states, rows, log):
-    """Write and track the metrics, write the policies, and, unless the round is at its end, a checkpoint."""
+def best_params(batch, states, rows):
+    """Copies of the parameters of the runs whose last evaluation is their best, by run."""
+    better = [i for i, run_rows in rows.items() if policy.is_best(run_rows)]
+    params = programs.by_run(batch, jax.device_get([state.params for state in states])) if better else {}
+    return {i: jax.tree.map(np.array, params[i]) for i in better}
+
+
+def save(training, reached, batch, states, rows, best, log):
+    """Write the policies, write and track the metrics, and, unless the round is at its end, write a checkpoint."""
     params = programs.by_run(batch, jax.device_get([state.params for state in states]))
     for i, run_rows in rows.items():
         folder = training.runs[reached.first + i].folder
-        record.write_rows(folder / "metrics.csv", run_rows)
-        log(folder, run_rows)
         policy.save(folder, params[i])
+        if i in best:
+            policy.save(folder, best[i], "best")
+        record.write_rows(folder / "metrics.csv", run_rows)  # at last: its rows tell that a run is complete
+        log(folder, run_rows)
     if reached.epochs < training.num_epochs:
         with distributed.collective():
             checkpoint.save(training.checkpoints, reached, programs.to_arrays(training.programs, states))

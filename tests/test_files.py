@@ -1,14 +1,18 @@
 """Result folders: foreign files, names, whose runs share a curve, resuming elsewhere, extending, warm starts."""
 
+import math
 import shutil
+import sys
 
 import jax
+import numpy as np
 import pytest
-from cases import replace
+from cases import assert_same, replace
 from test_cli import fails
-from test_run import CONFIG, contents, execute, group, interrupt_after
+from test_run import CONFIG, compile_once, contents, execute, group, interrupt_after
 
-from amortax.common import checkpoint, plot, record
+from amortax.algorithms import td3
+from amortax.common import checkpoint, play, plot, policy, programs, record
 
 SHORT = replace(CONFIG, total_steps=96)  # two epochs of the six of CONFIG
 
@@ -182,3 +186,60 @@ def test_resume_refuses_a_state_that_it_cannot_read(monkeypatch, capsys, tmp_pat
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --resume: {group(tmp_path) / 'checkpoint_0_0'}: its state cannot be read")
     assert contents(group(tmp_path)) == files
+
+
+# The best policy
+
+
+def test_best_policy_is_that_of_the_best_evaluation(monkeypatch, tmp_path):
+    """Its parameters are those after the epoch with the highest return, also where the run was resumed after it."""
+    config = replace(CONFIG, learning_rate=0.02)  # erratic
+    assert execute(monkeypatch, tmp_path, "--num-seeds", "6", "--no-plot", config=config) == 0
+    epochs = [int(record.read_metrics(group(tmp_path) / f"seed_{i}")["eval_return_mean"].argmax()) for i in range(6)]
+    seed, best = next((seed, best) for seed, best in enumerate(epochs) if 0 < best < 5)
+    folder = group(tmp_path) / f"seed_{seed}"
+    compiled = compile_once(CONFIG, td3.init, td3.epoch, 1)
+    batch = programs.place(compiled, [config], [seed])
+    states = programs.start(compiled, batch)
+    for _ in range(best + 1):
+        states, _ = programs.advance(compiled, batch, states)
+    params = jax.tree.map(np.array, programs.by_run(batch, jax.device_get([states[0].params]))[0])
+    assert_same(jax.tree.leaves(policy.load(folder, "best")[2]), jax.tree.leaves(params))
+    assert np.any(policy.load(folder)[2].actor[0][0] != params.actor[0][0])
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, best + 1)
+        assert execute(patch, tmp_path / "broken", "--seed", str(seed), "--no-plot", config=config) == 130
+    broken = group(tmp_path / "broken") / f"seed_{seed}"
+    assert_same(jax.tree.leaves(policy.load(broken)[2]), jax.tree.leaves(params))
+    assert execute(monkeypatch, tmp_path / "broken", "--seed", str(seed), "--no-plot", "--resume", config=config) == 0
+    assert contents(broken) == contents(folder)
+
+
+@pytest.mark.quick
+def test_best_is_the_first_of_the_highest_finite_returns():
+    def best(*returns, finite=1):
+        return policy.is_best([{"eval_return_mean": x, "finite": finite} for x in returns])
+
+    assert best(-3.0)
+    assert best("-3.0", -2.0)
+    assert best(math.nan, -4.0)
+    for returns in ([1.0, 1.0], [1.0, 0.5], [1.0, math.nan], [-math.inf], [math.inf]):
+        assert not best(*returns)
+    assert not best(1.0, finite=0)
+
+
+def test_best_policy_is_played(monkeypatch, capsys, tmp_path):
+    assert execute(monkeypatch, tmp_path, "--no-plot", config=SHORT) == 0
+    folder = group(tmp_path) / "seed_0"
+    policy.save(folder, jax.tree.map(lambda x: 3 * x, policy.load(folder)[2]), "best")
+    said = []
+    for flags in ([], ["--which", "last"], ["--which", "best"]):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["play", str(folder), "--episodes", "2", *flags])
+        play.main()
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+    (folder / "policy_best.npz").unlink()
+    with pytest.raises(SystemExit):
+        play.main()
+    assert capsys.readouterr().err == f"error: {folder / 'policy_best.npz'}: no policy saved yet\n"

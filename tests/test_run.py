@@ -157,7 +157,7 @@ def assert_finished(out, unbroken):
 
 
 def test_layout(unbroken):
-    names = {f"seed_{seed}/{name}" for seed in range(3) for name in ("config.json", "metrics.csv", "policy.npz")}
+    names = {f"seed_{seed}/{name}" for seed in range(3) for name in record.RUN_FILES}
     assert set(unbroken) == names | {"curve.png"}
     described = json.loads(unbroken["seed_1/config.json"])
     assert (described["algorithm"], described["seed"]) == ("td3", 1)
@@ -315,7 +315,7 @@ def test_interrupt_saves_and_resumes(monkeypatch, capsys, unbroken, tmp_path):
     assert re.search(r"interrupted and saved after \d+ steps; run the same command with --resume to continue", out)
     assert "Traceback" not in err
     broken = contents(group(tmp_path))
-    files = {f"seed_{seed}/{name}" for seed in range(2) for name in ("config.json", "metrics.csv", "policy.npz")}
+    files = {f"seed_{seed}/{name}" for seed in range(2) for name in record.RUN_FILES}
     assert {name for name in broken if name.startswith("seed_")} == files | {"seed_2/config.json"}
     # neither the same command without --resume nor another range of seeds may run over it
     for others in (THREE, ["--seed", "2"], ["--seed", "2", "--resume"]):
