@@ -1,7 +1,8 @@
-"""Checkpoints by Orbax: the states of the round in progress, written by all processes together.
+"""Checkpoints by Orbax: the states of the round in progress, written by all processes together; last states in .npz.
 
 A checkpoint can be read by another number of devices or processes than wrote it. Orbax is imported when it is first
-used: that takes a second, and a short run needs no checkpoint.
+used: that takes a second, and a short run needs no checkpoint. The last state of a finished run is in its own folder,
+so that it can be extended alone.
 """
 
 import logging
@@ -11,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from amortax.common import cli, distributed
+from amortax.common import cli, distributed, record
+
+KEPT_BYTES = 16e6  # the last state of a run is kept by default up to this size
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -83,3 +86,38 @@ def delete(folder):
         hidden = folder.with_name(f".{folder.name}")
         os.replace(folder, hidden)  # at once: what a kill leaves must not be taken for a checkpoint
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+# Last states
+
+
+def is_kept(option, num_bytes):
+    """Whether --keep-state asks for the last states, of `num_bytes` a run."""
+    return option == "always" or (option == "small" and num_bytes <= KEPT_BYTES)
+
+
+def keep(folder, epochs, arrays):
+    """Write the state of a run after its last epoch to its folder."""
+    record.write_arrays(folder / "state.npz", {"epochs": epochs} | {str(i): x for i, x in enumerate(arrays)})
+
+
+def kept_epochs(folder):
+    """After how many epochs the state that a run has kept is; 0 without one."""
+    return int(read_kept(folder, ["epochs"])[0]) if (folder / "state.npz").exists() else 0
+
+
+def read_kept(folder, names):
+    """Some of the arrays that `keep` wrote."""
+    try:
+        with np.load(folder / "state.npz", allow_pickle=False) as file:
+            return [file[name] for name in names]
+    except Exception as error:  # a file can be wrong in any way
+        cli.fail(f"--resume: {folder / 'state.npz'}: its state cannot be read: {error}")
+
+
+def restore_kept(folders, like):
+    """The states that runs have kept, as `restore` gives those of a checkpoint."""
+    states = [read_kept(folder, [str(i) for i in range(len(like))]) for folder in folders]
+    for folder, arrays in zip(folders, states, strict=True):
+        check_arrays(folder / "state.npz", [x[None] for x in arrays], like)
+    return [np.stack(arrays) for arrays in zip(*states, strict=True)]

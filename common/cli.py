@@ -25,7 +25,8 @@ class Options:
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FIELD=VALUE,VALUE,... may be repeated: runs the whole grid
     name: str = "default"  # folder of the seeds of one configuration, inside <out>/<algorithm>/<env>/
     out: Path = Path("results/runs")  # folder of all results
-    resume: bool = False  # continue an interrupted or killed run of the same command, here or on another machine
+    resume: bool = False  # continue what the same command left; with a larger number of steps, extend a finished run
+    keep_state: Literal["small", "always", "never"] = "small"  # last state, to extend a run: small is up to 16 MB a run
     no_plot: bool = False  # do not draw curve.png
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log the metrics to one or both of these
     distributed: bool = False  # one of several processes that share the runs, detected by JAX (Slurm, Open MPI, ...)

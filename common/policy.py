@@ -45,8 +45,7 @@ def load(folder, which="last"):
         if record.sha256(module.__file__) != description["source_sha256"]:
             print(f"note: {module.__file__} has changed since this run", file=sys.stderr)
         envs.register(description["config"]["env"])
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
-        config = module.Config(**values)
+        config = record.read_fields(module.Config, description["config"])
         shapes = jax.eval_shape(module.init, config, jax.random.key(0)).params
     except Exception as error:  # a description or a source that somebody edited can be wrong in any way
         fail(f"{folder / 'config.json'}: describes no run that can be rebuilt: {type(error).__name__}: {error}")

@@ -204,6 +204,16 @@ def to_arrays(programs, states):
     ]
 
 
+def state_bytes(programs):
+    """Bytes of the state of a run."""
+    return sum(x.size * x.dtype.itemsize for x in array_shapes(programs)) / programs.runs_per_device
+
+
+def arrays_by_run(batch, states):
+    """`{run index: arrays}`, on the host, of one run each: the rows of what `to_arrays` makes."""
+    return by_run(batch, [[np.asarray(key_data(x)) for x in jax.tree.leaves(state)] for state in states])
+
+
 def from_arrays(programs, arrays, num_runs):
     """The states of the first `num_runs` runs of `arrays`, which `to_arrays` made for any number of devices."""
     like, structure = jax.tree.flatten(programs.init[0].out_info)

@@ -4,6 +4,7 @@
     <out>/<algorithm>/<env>/<name>/seed_<s>/metrics.csv    a row for each epoch
     <out>/<algorithm>/<env>/<name>/seed_<s>/policy.npz     every learned array, named by its place in `State.params`
     <out>/<algorithm>/<env>/<name>/seed_<s>/policy_best.npz     the same, at the best evaluation
+    <out>/<algorithm>/<env>/<name>/seed_<s>/state.npz      the last state, to extend the run, where it is small
     <out>/<algorithm>/<env>/<name>/curve.png               all seeds of the folder
 
     A sweep writes such a folder for each of its cells, and one of its own beside them: see `common/sweep.py`.
@@ -32,7 +33,7 @@ import numpy as np
 
 from amortax.common.cli import fail
 
-RUN_FILES = ("config.json", "metrics.csv", "policy.npz", "policy_best.npz")
+RUN_FILES = ("config.json", "metrics.csv", "policy.npz", "policy_best.npz", "state.npz")
 FILES = (*RUN_FILES, "curve.png", "sweep.csv", "sweep.png")
 PLACE = ("device", "versions")  # entries of `config.json` that say where a run was made, not which run it is
 
@@ -106,7 +107,7 @@ def describe(script, config, seed, base_points=None):
     description = {
         "algorithm": Path(script).stem,
         "seed": seed,
-        "config": dataclasses.asdict(config),
+        "config": as_json(config),
         "source": str(Path(script).resolve()),
         "source_sha256": sha256(script),
         "device": jax.devices()[0].device_kind,
@@ -115,6 +116,16 @@ def describe(script, config, seed, base_points=None):
     if base_points:
         description["base_points_sha256"] = sha256(base_points)
     return json.loads(json.dumps(description))  # tuples become lists, as in what is read
+
+
+def as_json(config):
+    """The fields of a configuration as they are in `config.json`."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read_fields(config_class, fields):
+    """The configuration of the fields in `config.json`; TypeError where it has others."""
+    return config_class(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
 
 
 def sha256(path):

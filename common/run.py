@@ -7,7 +7,6 @@ Each process writes the files of the runs that its devices hold, process 0 those
 """
 
 import inspect
-import itertools
 import math
 import signal
 import sys
@@ -33,6 +32,7 @@ from amortax.common import (
     programs,
     progress,
     record,
+    resume,
     sweep,
     track,
 )
@@ -51,7 +51,7 @@ def main(config_class, init, epoch, num_epochs):
     config, options, data = cli.parse_run(config_class, init)
     grid = sweep.parse(config, options.sweep)
     try:
-        out_folder, runs, points = prepare(config, options, data, grid, init)
+        out_folder, runs, points = prepare(config, options, data, grid, (init, epoch, num_epochs))
         checkpoints = out_folder / f"checkpoint_{runs[0].seed}_{runs[-1].seed}"
         complete = train(init, epoch, num_epochs(config), runs, points, checkpoints, options)
         distributed.synchronize("trained")
@@ -64,8 +64,9 @@ def main(config_class, init, epoch, num_epochs):
     raise SystemExit(code)
 
 
-def prepare(config, options, data, grid, init):
+def prepare(config, options, data, grid, functions):
     """Set up devices and processes, check everything, then write `config.json`s: `(out_folder, runs, base points)`."""
+    init, *_ = functions
     track.check(options.track)
     envs.register(config.env)
     cells = sweep.cells(config, grid)
@@ -81,7 +82,7 @@ def prepare(config, options, data, grid, init):
     groups = [(cell.config, group.with_name(group.name + cell.suffix)) for cell in cells]
     runs = [record.Run(config, seed, folder) for config, folder in groups for seed in seeds]
     out_folder = group.with_name(f"{group.name}-sweep") if grid else group
-    checks.check_folders(out_folder, script, runs, grid, options, data.base_points)
+    checks.check_folders(out_folder, script, runs, grid, options, data.base_points, functions)
     return out_folder, runs, points
 
 
@@ -104,11 +105,12 @@ class Training(NamedTuple):
     num_epochs: int
     programs: programs.Programs
     checkpoints: Path
+    keep_states: bool  # write the last states
 
 
 def train(init, epoch, num_epochs, runs, points, checkpoints, options):
     """Train the runs in rounds, with --resume from where they were left; whether all have come to their end."""
-    position = resume(runs, num_epochs, checkpoints) if options.resume else Position(0, len(runs), 0)
+    position = resume.position(runs, num_epochs, checkpoints) if options.resume else Position(0, len(runs), 0)
     if position.first == len(runs):
         distributed.print_once("this run is complete; nothing to resume")
         return True
@@ -117,7 +119,8 @@ def train(init, epoch, num_epochs, runs, points, checkpoints, options):
         show("compiling")
         num_runs = len(runs) - position.first
         compiled = programs.compile_to_fit(runs[0].config, init, epoch, num_runs, devices.memory(), points)
-        training = Training(runs, num_epochs, compiled, checkpoints)
+        num_bytes = programs.state_bytes(compiled)
+        training = Training(runs, num_epochs, compiled, checkpoints, checkpoint.is_kept(options.keep_state, num_bytes))
         distributed.synchronize("compiled")
         while position.first < len(runs):
             position = position._replace(last=min(position.last, position.first + compiled.round_size))
@@ -125,27 +128,15 @@ def train(init, epoch, num_epochs, runs, points, checkpoints, options):
                 epochs, row = train_round(training, position, interrupted, show, log)
             if epochs < num_epochs:
                 break
-            position = Position(position.last, len(runs), 0)
-    if position.first < len(runs):
+            position = resume.next_position(runs, position.last, num_epochs, options.resume)
+    if position.first == len(runs):
+        if options.keep_state == "small" and not training.keep_states:
+            how = "--keep-state always keeps it, to extend a run later"
+            distributed.print_once(f"the last state, of {num_bytes / 1e6:,.0f} MB a run, is not kept; {how}")
+    else:
         done = f"and saved after {record.amount(row)}" if row else "before the first epoch"
         distributed.print_once(f"interrupted {done}; run the same command with --resume to continue")
     return position.first == len(runs)
-
-
-def resume(runs, num_epochs, checkpoints):
-    """Where to continue: with the round of the checkpoint, or else with the first run that is not complete."""
-
-    def is_complete(run):
-        return (run.folder / "policy.npz").exists() and record.num_rows(run.folder) == num_epochs
-
-    saved = checkpoint.latest(checkpoints)
-    if saved:
-        of_round = runs[saved.first : saved.last]
-        # a kill while a later round wrote its files may have left them behind this checkpoint
-        usable = list(itertools.takewhile(lambda run: record.num_rows(run.folder) >= saved.epochs, of_round))
-        if not all(is_complete(run) for run in usable):
-            return saved._replace(last=saved.first + len(usable))
-    return Position(next((i for i, run in enumerate(runs) if not is_complete(run)), len(runs)), len(runs), 0)
 
 
 def train_round(training, position, interrupted, show, log):
@@ -176,10 +167,11 @@ def train_round(training, position, interrupted, show, log):
 
 
 def begin(training, position, batch):
-    """The states of a round at `position`, from its checkpoint or from `init`."""
+    """The states of a round at `position`, from what was saved of it or from `init`."""
     if not position.epochs:
         return programs.start(training.programs, batch)
-    arrays = checkpoint.restore(training.checkpoints, programs.array_shapes(training.programs))
+    runs, like = training.runs[position.first : position.last], programs.array_shapes(training.programs)
+    arrays = resume.restore(runs, position, training.checkpoints, like)
     return programs.from_arrays(training.programs, arrays, position.last - position.first)
 
 
@@ -191,16 +183,20 @@ def best_params(batch, states, rows):
 
 
 def save(training, reached, batch, states, rows, best, log):
-    """Write the policies, write and track the metrics, and, unless the round is at its end, write a checkpoint."""
+    """Write policies, last states, metrics (and track these), and, unless the round is at its end, a checkpoint."""
+    at_end = reached.epochs == training.num_epochs
+    kept = programs.arrays_by_run(batch, states) if at_end and training.keep_states else {}
     params = programs.by_run(batch, jax.device_get([state.params for state in states]))
     for i, run_rows in rows.items():
         folder = training.runs[reached.first + i].folder
         policy.save(folder, params[i])
         if i in best:
             policy.save(folder, best[i], "best")
-        record.write_rows(folder / "metrics.csv", run_rows)  # at last: its rows tell that a run is complete
+        record.write_rows(folder / "metrics.csv", run_rows)  # after the policies: its rows tell that a run is complete
+        if i in kept:
+            checkpoint.keep(folder, reached.epochs, kept[i])
         log(folder, run_rows)
-    if reached.epochs < training.num_epochs:
+    if not at_end:
         with distributed.collective():
             checkpoint.save(training.checkpoints, reached, programs.to_arrays(training.programs, states))
 

@@ -7,12 +7,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from cases import assert_same, replace
+from cases import ALGORITHMS, CONFIGS, assert_same, load_broken, replace
 from test_cli import fails
-from test_run import CONFIG, compile_once, contents, execute, group, interrupt_after
+from test_run import CONFIG, Killed, compile_once, contents, execute, group, interrupt_after
 
 from amortax.algorithms import td3
-from amortax.common import checkpoint, play, plot, policy, programs, record
+from amortax.common import checkpoint, checks, play, plot, policy, programs, record
 
 SHORT = replace(CONFIG, total_steps=96)  # two epochs of the six of CONFIG
 
@@ -243,3 +243,114 @@ def test_best_policy_is_played(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         play.main()
     assert capsys.readouterr().err == f"error: {folder / 'policy_best.npz'}: no policy saved yet\n"
+
+
+# Extending a finished run
+
+
+def test_extended_run_is_bitwise_a_run_of_that_length(monkeypatch, capsys, tmp_path):
+    """Three seeds in two rounds: of two epochs, then of four, then of six, after a kill."""
+    flags = ["--num-seeds", "3"]
+    assert execute(monkeypatch, tmp_path / "long", *flags) == 0
+    assert execute(monkeypatch, tmp_path, *flags, config=SHORT) == 0
+    assert execute(monkeypatch, tmp_path, *flags, "--resume", "--total-steps", "128", config=SHORT) == 0
+    assert record.read_metrics(group(tmp_path) / "seed_2")["step"].tolist() == [80, 96, 112, 128]
+    write = record.write_atomic
+
+    def kill(path, data):
+        if path.name == "metrics.csv" and path.parent.name == "seed_1":
+            raise Killed
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "write_atomic", kill)
+        with pytest.raises(Killed):
+            execute(patch, tmp_path, *flags, "--resume")
+    assert [record.num_rows(group(tmp_path) / f"seed_{seed}") for seed in range(3)] == [6, 4, 4]
+    with monkeypatch.context() as patch:
+        epochs = interrupt_after(patch, 9)
+        assert execute(patch, tmp_path, *flags, "--resume") == 0
+        assert len(epochs) == 2  # of the second and the third seed together; the first is complete
+    assert contents(group(tmp_path)) == contents(group(tmp_path / "long"))
+    capsys.readouterr()
+    assert execute(monkeypatch, tmp_path, *flags, "--resume", config=SHORT) == 2
+    assert "was run differently: config.total_steps: 160 -> 96" in capsys.readouterr().err
+    assert contents(group(tmp_path)) == contents(group(tmp_path / "long"))
+
+
+def test_extending_an_interrupted_run_or_one_seed_of_a_group(monkeypatch, tmp_path):
+    assert execute(monkeypatch, tmp_path / "long", "--num-seeds", "2") == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        assert execute(patch, tmp_path, "--num-seeds", "2", config=SHORT) == 130
+    assert execute(monkeypatch, tmp_path, "--num-seeds", "2", "--resume") == 0
+    assert contents(group(tmp_path)) == contents(group(tmp_path / "long"))
+    assert execute(monkeypatch, tmp_path, "--num-seeds", "2", "--name", "b", config=SHORT) == 0
+    for seed in ("1", "0"):
+        assert execute(monkeypatch, tmp_path, "--seed", seed, "--name", "b", "--resume") == 0
+    assert contents(group(tmp_path, "b")) == contents(group(tmp_path / "long"))
+
+
+def test_state_that_was_not_kept(monkeypatch, capsys, tmp_path):
+    assert execute(monkeypatch, tmp_path, "--keep-state", "never", config=SHORT) == 0
+    assert not (group(tmp_path) / "seed_0" / "state.npz").exists()
+    monkeypatch.setattr(checkpoint, "KEPT_BYTES", 1e3)
+    assert execute(monkeypatch, tmp_path, config=SHORT) == 0
+    assert "the last state, of 0 MB a run, is not kept; --keep-state always keeps it" in capsys.readouterr().out
+    files = contents(tmp_path)
+    assert execute(monkeypatch, tmp_path, "--resume") == 2
+    folder = group(tmp_path) / "seed_0"
+    said = f"error: --resume: {folder} cannot be extended: its last state was not kept (see --keep-state)\n"
+    assert capsys.readouterr().err == said
+    assert contents(tmp_path) == files
+    assert execute(monkeypatch, tmp_path, "--keep-state", "always", config=SHORT) == 0
+    state = folder / "state.npz"
+    assert state.stat().st_size > checkpoint.KEPT_BYTES
+    state.write_bytes(state.read_bytes()[:1000])
+    assert execute(monkeypatch, tmp_path, "--resume") == 2
+    assert f"error: --resume: {state}: its state cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["fqi", "svg"])
+def test_iterations_are_extended(monkeypatch, tmp_path, name):
+    places = {"algorithm": name, "env": CONFIGS[name].env}
+    for out, changes in (("a", {}), ("b", {"num_iterations": 2})):
+        config = replace(CONFIGS[name], **changes)
+        assert execute(monkeypatch, tmp_path / out, "--no-plot", module=ALGORITHMS[name], config=config) == 0
+    assert record.num_rows(group(tmp_path / "b", **places) / "seed_0") == 1
+    again = ["--no-plot", "--resume"]
+    assert execute(monkeypatch, tmp_path / "b", *again, module=ALGORITHMS[name], config=CONFIGS[name]) == 0
+    assert contents(group(tmp_path / "b", **places)) == contents(group(tmp_path / "a", **places))
+
+
+def test_what_depends_on_the_length_is_not_extended(monkeypatch, capsys, tmp_path):
+    """Rounds of base points here, an optimizer's schedule in a user's copy; nor may other fields change."""
+    fields = {"rounds": 2, "num_iterations": 4}
+    nfqca = ALGORITHMS["nfqca"]
+    assert execute(monkeypatch, tmp_path, "--no-plot", module=nfqca, config=replace(CONFIGS["nfqca"], **fields)) == 0
+    files = contents(tmp_path)
+    capsys.readouterr()
+    longer = replace(CONFIGS["nfqca"], rounds=2, num_iterations=8)
+    assert execute(monkeypatch, tmp_path, "--no-plot", "--resume", module=nfqca, config=longer) == 2
+    line = capsys.readouterr().err
+    assert "cannot be extended (num_iterations: 4 -> 8): what it learns depends on this" in line
+    assert execute(monkeypatch, tmp_path, "--no-plot", "--resume", "--gamma", "0.5", module=nfqca, config=longer) == 2
+    assert "was run differently: config.gamma: 0.97 -> 0.5; config.num_iterations: 4 -> 8" in capsys.readouterr().err
+    assert contents(tmp_path) == files
+
+
+def test_a_schedule_of_a_copied_file_depends_on_the_length(tmp_path):
+    schedule = "optax.cosine_decay_schedule(config.learning_rate, config.total_steps)"
+    broken = load_broken(td3, tmp_path, "optax.adam(config.learning_rate)", f"optax.adam({schedule})")
+    for module, same in ((td3, True), (broken, False)):
+        configs = [module.Config(total_steps=n, hidden_sizes=(8, 8)) for n in (10**4, 10**5)]
+        short, long = (checks.program_text(config, module.init, module.epoch) for config in configs)
+        assert (short == long) == same
+
+
+def test_cells_of_a_sweep_are_extended(monkeypatch, tmp_path):
+    grid = ["--sweep", "gamma=0.9,0.98"]
+    assert execute(monkeypatch, tmp_path / "long", *grid) == 0
+    assert execute(monkeypatch, tmp_path, *grid, config=SHORT) == 0
+    assert execute(monkeypatch, tmp_path, *grid, "--resume") == 0
+    assert contents(group(tmp_path).parent) == contents(group(tmp_path / "long").parent)
