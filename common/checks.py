@@ -29,7 +29,7 @@ def check_config(config, function):
             cli.fail(f"{flag}a run needs {needed / 2**30:.1f} GiB; this machine has {present / 2**30:.1f} GiB")
 
 
-def check_folders(out_folder, script, runs, grid, options, base_points=None, functions=None):
+def check_folders(out_folder, script, runs, grid, options, files=None, functions=None):
     """Write each run's `config.json`; fail with nothing written where there is another run, or none to resume.
 
     With `functions`, the `init`, `epoch` and `num_epochs` of the algorithm, --resume may also extend runs.
@@ -38,7 +38,7 @@ def check_folders(out_folder, script, runs, grid, options, base_points=None, fun
     if len(os.fsencode(longest)) > NAME_MAX:
         what = f"the name of the folder {longest}" if grid else "it"
         cli.fail(f"--name {options.name}: {what} must have at most {NAME_MAX} bytes, not {len(os.fsencode(longest))}")
-    descriptions = {run.folder: record.describe(script, run.config, run.seed, base_points) for run in runs}
+    descriptions = {run.folder: record.describe(script, run.config, run.seed, files) for run in runs}
     try:
         check_unfinished(out_folder, runs, options)
         found = {run.folder: check_folder(run, descriptions[run.folder], options, functions) for run in runs}

@@ -26,6 +26,7 @@ class Options:
     name: str = "default"  # folder of the seeds of one configuration, inside <out>/<algorithm>/<env>/
     out: Path = Path("results/runs")  # folder of all results
     resume: bool = False  # continue what the same command left; with a larger number of steps, extend a finished run
+    init_from: Path | None = None  # start from the parameters of a run: its folder, or a policy.npz or policy_best.npz
     keep_state: Literal["small", "always", "never"] = "small"  # last state, to extend a run: small is up to 16 MB a run
     no_plot: bool = False  # do not draw curve.png
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log the metrics to one or both of these

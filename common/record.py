@@ -98,10 +98,10 @@ def remove_leftovers(folder):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def describe(script, config, seed, base_points=None):
+def describe(script, config, seed, files=None):
     """The content of `config.json`: everything that determines the numbers of one seed, and nothing else.
 
-    `base_points` is the file of them, if there is one.
+    `files` are those that it learns from, by name, or None.
     """
     packages = ("jax", "jaxlib", "optax", "gymnax", "numpy")
     description = {
@@ -113,8 +113,7 @@ def describe(script, config, seed, base_points=None):
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
     }
-    if base_points:
-        description["base_points_sha256"] = sha256(base_points)
+    description |= {f"{name}_sha256": sha256(path) for name, path in (files or {}).items() if path}
     return json.loads(json.dumps(description))  # tuples become lists, as in what is read
 
 

@@ -51,9 +51,10 @@ def main(config_class, init, epoch, num_epochs):
     config, options, data = cli.parse_run(config_class, init)
     grid = sweep.parse(config, options.sweep)
     try:
-        out_folder, runs, points = prepare(config, options, data, grid, (init, epoch, num_epochs))
+        out_folder, runs, shared = prepare(config, options, data, grid, (init, epoch, num_epochs))
         checkpoints = out_folder / f"checkpoint_{runs[0].seed}_{runs[-1].seed}"
-        complete = train(init, epoch, num_epochs(config), runs, points, checkpoints, options)
+        first = policy.warm_started(init) if options.init_from else init
+        complete = train(first, epoch, num_epochs(config), runs, shared, checkpoints, options)
         distributed.synchronize("trained")
     except Exception as error:
         fail_late(error)
@@ -65,7 +66,10 @@ def main(config_class, init, epoch, num_epochs):
 
 
 def prepare(config, options, data, grid, functions):
-    """Set up devices and processes, check everything, then write `config.json`s: `(out_folder, runs, base points)`."""
+    """Set up devices and processes, check everything, write `config.json`s: `(out_folder, runs, shared)`.
+
+    `shared` are further arguments of `init`, the same for all runs: base points, parameters to start from.
+    """
     init, *_ = functions
     track.check(options.track)
     envs.register(config.env)
@@ -75,15 +79,19 @@ def prepare(config, options, data, grid, functions):
     devices.set_up_backend(len(cells) * options.num_seeds, devices.largest_product(config))
     for changed in [config, *sweep.one_by_one(config, grid)]:
         checks.check_config(changed, init)
-    points = base_points.load_and_save(data, options, config, init)
+    files = {"base_points": data.base_points}
+    shared = base_points.load_and_save(data, options, config, init)
+    if options.init_from:
+        files["init_from"] = policy.find_parameters(options.init_from)
+        shared.append(policy.load_parameters(files["init_from"], config, init))
     script = inspect.getsourcefile(init)
     group = record.group_folder(options.out, Path(script).stem, config.env, options.name)
     seeds = range(options.seed, options.seed + options.num_seeds)
     groups = [(cell.config, group.with_name(group.name + cell.suffix)) for cell in cells]
     runs = [record.Run(config, seed, folder) for config, folder in groups for seed in seeds]
     out_folder = group.with_name(f"{group.name}-sweep") if grid else group
-    checks.check_folders(out_folder, script, runs, grid, options, data.base_points, functions)
-    return out_folder, runs, points
+    checks.check_folders(out_folder, script, runs, grid, options, files, functions)
+    return out_folder, runs, shared
 
 
 def fail_late(error):
@@ -108,7 +116,7 @@ class Training(NamedTuple):
     keep_states: bool  # write the last states
 
 
-def train(init, epoch, num_epochs, runs, points, checkpoints, options):
+def train(init, epoch, num_epochs, runs, shared, checkpoints, options):
     """Train the runs in rounds, with --resume from where they were left; whether all have come to their end."""
     position = resume.position(runs, num_epochs, checkpoints) if options.resume else Position(0, len(runs), 0)
     if position.first == len(runs):
@@ -118,7 +126,7 @@ def train(init, epoch, num_epochs, runs, points, checkpoints, options):
     with progress.show() as show:
         show("compiling")
         num_runs = len(runs) - position.first
-        compiled = programs.compile_to_fit(runs[0].config, init, epoch, num_runs, devices.memory(), points)
+        compiled = programs.compile_to_fit(runs[0].config, init, epoch, num_runs, devices.memory(), shared)
         num_bytes = programs.state_bytes(compiled)
         training = Training(runs, num_epochs, compiled, checkpoints, checkpoint.is_kept(options.keep_state, num_bytes))
         distributed.synchronize("compiled")

@@ -354,3 +354,55 @@ def test_cells_of_a_sweep_are_extended(monkeypatch, tmp_path):
     assert execute(monkeypatch, tmp_path, *grid, config=SHORT) == 0
     assert execute(monkeypatch, tmp_path, *grid, "--resume") == 0
     assert contents(group(tmp_path).parent) == contents(group(tmp_path / "long").parent)
+
+
+# Warm starts
+
+
+@pytest.mark.parametrize("name", ["td3", "nfqca"])
+def test_warm_start_begins_with_the_parameters_of_a_run(monkeypatch, capsys, tmp_path, name):
+    """Whatever part of the state holds them; a learning rate next to zero keeps them; resuming needs the same file."""
+    module, config = (
+        ALGORITHMS[name],
+        replace(CONFIGS[name], learning_rate=1e-30, **({"tau": 0.0} if name == "td3" else {})),
+    )
+    assert execute(monkeypatch, tmp_path, "--no-plot", module=module, config=CONFIGS[name]) == 0
+    source = group(tmp_path, algorithm=name) / "seed_0"
+    flags = ["--name", "warm", "--seed", "7", "--no-plot", "--init-from"]
+    assert execute(monkeypatch, tmp_path, *flags, str(source.parent), module=module, config=config) == 0
+    folder = group(tmp_path, "warm", name) / "seed_7"
+    for old, new in zip(*(jax.tree.leaves(policy.load(x)[2]) for x in (source, folder)), strict=True):
+        np.testing.assert_allclose(old, new, rtol=1e-6)
+    assert record.read_config(folder)["init_from_sha256"] == record.sha256(source / "policy.npz")
+    files = contents(tmp_path)
+    capsys.readouterr()
+    assert execute(monkeypatch, tmp_path, *flags[:-1], "--resume", module=module, config=config) == 2
+    assert "was run differently: init_from_sha256: " in capsys.readouterr().err
+    again = [*flags, str(source.parent), "--resume"]
+    assert execute(monkeypatch, tmp_path, *again, module=module, config=config) == 0
+    assert contents(tmp_path) == files
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nowhere", ": no policy saved yet"),
+        ("", "no policy saved yet"),
+        ("a.npz", ": critic/0/0 is float32[2, 4, 8], must be float32[2, 4, 64]"),
+        ("b.npz", ": not a policy of td3: it must hold the arrays actor/0/0, "),
+        ("c.npz", ": actor/0/0 is not finite"),
+        ("d.npz", ": truncated or not a policy"),
+    ],
+)
+def test_warm_starts_that_do_not_fit(monkeypatch, capsys, tmp_path, path, said):
+    shapes = jax.eval_shape(td3.init, td3.Config(), jax.random.key(0)).params
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    arrays = dict(zip(policy.array_names(params), jax.tree.leaves(params), strict=True))
+    record.write_arrays(tmp_path / "a.npz", arrays | {"critic/0/0": np.zeros((2, 4, 8), np.float32)})
+    record.write_arrays(tmp_path / "b.npz", {"w": np.zeros(3)})
+    record.write_arrays(tmp_path / "c.npz", arrays | {"actor/0/0": np.full((3, 64), np.nan, np.float32)})
+    (tmp_path / "d.npz").write_text("mine")
+    line = fails(monkeypatch, capsys, tmp_path / "out", "--init-from", str(tmp_path / path))
+    assert line.startswith(f"error: --init-from {tmp_path / path}")
+    assert said in line
+    assert not (tmp_path / "out").exists()
