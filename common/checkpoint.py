@@ -39,13 +39,25 @@ def save(folder, position, arrays):
     """Save `position` and a list of arrays over the devices of all processes, in place of the last checkpoint."""
     import orbax.checkpoint as ocp
 
-    args = ocp.args.Composite(position=ocp.args.JsonSave(position._asdict()), states=ocp.args.PyTreeSave(arrays))
+    where = position._asdict() | {"command": cli.resume_command()}
+    args = ocp.args.Composite(position=ocp.args.JsonSave(where), states=ocp.args.PyTreeSave(arrays))
     with open_manager(folder) as manager:
         manager.save((manager.latest_step() or 0) + 1, args=args)
 
 
 def latest(folder):
     """The `Position` of the checkpoint in `folder`; None without one."""
+    saved = read_position(folder)
+    return saved and Position(*(saved[name] for name in Position._fields))
+
+
+def command(folder):
+    """The command that continues at the checkpoint in `folder`; None without one, or where it does not tell."""
+    return (read_position(folder) or {}).get("command")
+
+
+def read_position(folder):
+    """What `save` has written beside the states, as a dict; None without a checkpoint."""
     if not folder.is_dir():
         return None
     import orbax.checkpoint as ocp
@@ -54,7 +66,7 @@ def latest(folder):
         if manager.latest_step() is None:
             return None
         args = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return Position(**manager.restore(manager.latest_step(), args=args).position)
+        return manager.restore(manager.latest_step(), args=args).position
 
 
 def restore(folder, like):

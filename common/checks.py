@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from amortax.common import cli, distributed, envs, record, sweep
+from amortax.common import checkpoint, cli, distributed, envs, record, sweep
 
 OF_A_SEED = ("seed", *record.PLACE)  # entries of `config.json` in which the seeds of a group may differ
 NAME_MAX = 255  # bytes in the name of a folder, on all common file systems
@@ -80,7 +80,8 @@ def check_unfinished(out_folder, runs, options):
         start, end = map(int, path.name.split("_")[1:])
         if start <= last and first <= end and not (options.resume and (start, end) == (first, last)):
             flags = f"--seed {start} --num-seeds {end - start + 1} --resume"
-            cli.fail(f"--name {options.name}: {out_folder} holds an unfinished run; continue it with {flags}")
+            how = f"continue it with: {checkpoint.command(path) or flags}"
+            cli.fail(f"--name {options.name}: {out_folder} holds an unfinished run; {how}")
 
 
 def check_folder(run, description, options, functions):
@@ -91,7 +92,7 @@ def check_folder(run, description, options, functions):
     folder = run.folder
     if not (folder / "config.json").exists():
         if options.resume:
-            cli.fail(f"--resume: nothing to resume in {folder}")
+            cli.fail(f"--resume: nothing to resume in {folder}; without --resume it is started")
         found = next((name for name in record.RUN_FILES if (folder / name).exists()), None)
         if found:
             cli.fail(f"--name {options.name}: {folder} holds a {found}, but no config.json that tells of which run")
@@ -102,7 +103,9 @@ def check_folder(run, description, options, functions):
         moved = record.place_differences(old, description)
         changes = [line for line in changes if line not in moved]
         if changes and not (functions and is_longer(old, description, run.config, functions)):
-            cli.fail(f"--resume: {folder} was run differently: {'; '.join(changes)}")
+            then = {k: v for k, v in old["config"].items() if v != description["config"].get(k, v)}
+            how = f"; it was run with {cli.flags(then)}" if then else ""
+            cli.fail(f"--resume: {folder} was run differently: {'; '.join(changes)}{how}")
     elif changes:
         cli.fail(f"--name {options.name}: {folder} holds a different run ({'; '.join(changes)}); choose another name")
     return old

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import io
 import re
+import shlex
 import sys
 import typing
 import warnings
@@ -52,6 +53,17 @@ def show_warnings():
 def warn(message):
     """Print a warning in one line on stderr."""
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def resume_command():
+    """This command with all its flags, to be pasted into a shell, and --resume."""
+    return shlex.join(["python", *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+
+
+def flags(fields):
+    """The flags that give fields, by name, these values."""
+    values = {name: x if isinstance(x, (list, tuple)) else [x] for name, x in fields.items()}
+    return shlex.join(word for name, x in values.items() for word in ("--" + name.replace("_", "-"), *map(str, x)))
 
 
 def fail(message) -> NoReturn:

@@ -143,7 +143,7 @@ def train(init, epoch, num_epochs, runs, shared, checkpoints, options):
             distributed.print_once(f"the last state, of {num_bytes / 1e6:,.0f} MB a run, is not kept; {how}")
     else:
         done = f"and saved after {record.amount(row)}" if row else "before the first epoch"
-        distributed.print_once(f"interrupted {done}; run the same command with --resume to continue")
+        distributed.print_once(f"interrupted {done}; continue with: {cli.resume_command()}")
     return position.first == len(runs)
 
 

@@ -1,6 +1,7 @@
 """Result folders: foreign files, names, whose runs share a curve, resuming elsewhere, extending, warm starts."""
 
 import math
+import shlex
 import shutil
 import sys
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from cases import ALGORITHMS, CONFIGS, assert_same, load_broken, replace
 from test_cli import fails
-from test_run import CONFIG, Killed, compile_once, contents, execute, group, interrupt_after
+from test_run import CONFIG, Killed, compile_once, contents, execute, flags_of, group, interrupt_after
 
 from amortax.algorithms import td3
 from amortax.common import checkpoint, checks, play, plot, policy, programs, record
@@ -406,3 +407,22 @@ def test_warm_starts_that_do_not_fit(monkeypatch, capsys, tmp_path, path, said):
     assert line.startswith(f"error: --init-from {tmp_path / path}")
     assert said in line
     assert not (tmp_path / "out").exists()
+
+
+# Hints
+
+
+def test_hint_of_an_interrupted_sweep_continues_it(monkeypatch, capsys, tmp_path):
+    """Both that at the interrupt and that of a later command, with all flags; the hint is run as it is printed."""
+    flags = ["--sweep", "gamma=0.9,0.98", "--name", "a+b", "--no-plot", "--keep-state", "never", "--num-seeds", "2"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        assert execute(patch, tmp_path, *flags) == 130
+    hint = capsys.readouterr().out.splitlines()[-1].partition("; continue with: ")[2]
+    words = shlex.split(hint)
+    assert words == ["python", "td3.py", *flags_of(CONFIG), "--out", str(tmp_path), *flags, "--resume"]
+    assert execute(monkeypatch, tmp_path, *flags) == 2
+    assert capsys.readouterr().err.endswith(f"holds an unfinished run; continue it with: {hint}\n")
+    given = words[2 + len(flags_of(CONFIG)) + 2 :]
+    assert execute(monkeypatch, tmp_path, *given) == 0
+    assert (group(tmp_path, "a+b-sweep") / "sweep.csv").exists()
