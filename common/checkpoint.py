@@ -10,6 +10,7 @@ import os
 import shutil
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from amortax.common import cli, distributed, record
@@ -41,8 +42,13 @@ def save(folder, position, arrays):
 
     where = position._asdict() | {"command": cli.resume_command()}
     args = ocp.args.Composite(position=ocp.args.JsonSave(where), states=ocp.args.PyTreeSave(arrays))
-    with open_manager(folder) as manager:
-        manager.save((manager.latest_step() or 0) + 1, args=args)
+    try:
+        with open_manager(folder) as manager:
+            manager.save((manager.latest_step() or 0) + 1, args=args)
+    except Exception as error:  # Orbax reports a full disk in several ways
+        if jax.process_count() > 1:  # another process may be lost
+            raise
+        raise record.WriteError(0, str(error)[:200], str(folder)) from error
 
 
 def latest(folder):
@@ -62,11 +68,14 @@ def read_position(folder):
         return None
     import orbax.checkpoint as ocp
 
-    with open_manager(folder) as manager:
-        if manager.latest_step() is None:
-            return None
-        args = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return manager.restore(manager.latest_step(), args=args).position
+    args = ocp.args.Composite(position=ocp.args.JsonRestore())
+    try:
+        with open_manager(folder) as manager:
+            step = manager.latest_step()
+            return None if step is None else dict(manager.restore(step, args=args).position)
+    except Exception as error:  # files can be wrong in any way
+        how = "without this folder its runs start anew"
+        cli.fail(f"--resume: {folder}: its state cannot be read: {str(error)[:200]}; {how}")
 
 
 def restore(folder, like):

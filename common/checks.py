@@ -32,7 +32,8 @@ def check_config(config, function):
 def check_folders(out_folder, script, runs, grid, options, files=None, functions=None):
     """Write each run's `config.json`; fail with nothing written where there is another run, or none to resume.
 
-    With `functions`, the `init`, `epoch` and `num_epochs` of the algorithm, --resume may also extend runs.
+    Returns the runs, with these descriptions. With `functions`, the `init`, `epoch` and `num_epochs` of the algorithm,
+    --resume may also extend runs.
     """
     longest = max((out_folder.name, *(run.group.name for run in runs)), key=lambda name: len(os.fsencode(name)))
     if len(os.fsencode(longest)) > NAME_MAX:
@@ -69,6 +70,7 @@ def check_folders(out_folder, script, runs, grid, options, files=None, functions
     problem = write_configs(out_folder, descriptions) if distributed.is_first() else ""
     if any(distributed.any_process(problem != "")):
         cli.fail(f"--out {options.out}: cannot write there: {problem or 'see process 0'}")
+    return [run._replace(description=descriptions[run.folder]) for run in runs]
 
 
 def check_unfinished(out_folder, runs, options):

@@ -66,10 +66,10 @@ def flags(fields):
     return shlex.join(word for name, x in values.items() for word in ("--" + name.replace("_", "-"), *map(str, x)))
 
 
-def fail(message) -> NoReturn:
-    """Report a user's mistake in one line on stderr and exit with code 2."""
+def fail(message, code=2) -> NoReturn:
+    """Report a user's mistake in one line on stderr and exit with code 2, or another one."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def fail_field(config, error, hint="") -> NoReturn:

@@ -44,6 +44,7 @@ class Run(NamedTuple):
     config: object
     seed: int
     group: Path
+    description: dict | None = None  # the content of its `config.json`
 
     @property
     def folder(self):
@@ -71,8 +72,20 @@ def is_ours(folder, pattern):
     return bool(re.fullmatch(pattern, folder.name, re.ASCII)) and folder.is_dir()
 
 
+class WriteError(OSError):
+    """A file could not be written; it holds its former content."""
+
+
 def write_atomic(path, data):
     """Write bytes to `path`; whatever happens, it holds all of them or its former content."""
+    try:
+        replace(path, data)
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror, str(path)) from error
+
+
+def replace(path, data):
+    """Write bytes to a temporary file, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

@@ -45,7 +45,8 @@ SAVE_SECONDS = 1.0  # what saving is expected to take before it was measured
 def main(config_class, init, epoch, num_epochs):
     """Command line of an algorithm file.
 
-    Its exit code is 0, or 1 if a seed diverged, 2 for a mistake, 3 if another process was lost, 130 if interrupted.
+    Its exit code is 0, or 1 if a seed diverged or a file cannot be written, 2 for a mistake, 3 if another process was
+    lost, 130 if interrupted.
     """
     cli.show_warnings()
     config, options, data = cli.parse_run(config_class, init)
@@ -90,7 +91,7 @@ def prepare(config, options, data, grid, functions):
     groups = [(cell.config, group.with_name(group.name + cell.suffix)) for cell in cells]
     runs = [record.Run(config, seed, folder) for config, folder in groups for seed in seeds]
     out_folder = group.with_name(f"{group.name}-sweep") if grid else group
-    checks.check_folders(out_folder, script, runs, grid, options, files, functions)
+    runs = checks.check_folders(out_folder, script, runs, grid, options, files, functions)
     return out_folder, runs, shared
 
 
@@ -99,10 +100,12 @@ def fail_late(error):
     message = str(error) if isinstance(error, (track.Failed, distributed.Lost)) else None
     if isinstance(error, jax.errors.JaxRuntimeError) and milp.failures:  # in a call of the host by the program
         message = f"--maximizer milp: {milp.failures.pop()}"
+    if isinstance(error, record.WriteError):
+        message = f"cannot write {error.filename}: {error.strerror}; then continue with: {cli.resume_command()}"
     if jax.process_count() > 1:
         distributed.abort(error, message)
     if message:
-        cli.fail(message)
+        cli.fail(message, code=1 if isinstance(error, record.WriteError) else 2)
     raise error
 
 
@@ -196,7 +199,10 @@ def save(training, reached, batch, states, rows, best, log):
     kept = programs.arrays_by_run(batch, states) if at_end and training.keep_states else {}
     params = programs.by_run(batch, jax.device_get([state.params for state in states]))
     for i, run_rows in rows.items():
-        folder = training.runs[reached.first + i].folder
+        run = training.runs[reached.first + i]
+        folder = run.folder
+        if not (folder / "config.json").exists():  # somebody has removed the folder
+            record.write_config(folder, run.description)
         policy.save(folder, params[i])
         if i in best:
             policy.save(folder, best[i], "best")

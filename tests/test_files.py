@@ -1,6 +1,8 @@
 """Result folders: foreign files, names, whose runs share a curve, resuming elsewhere, extending, warm starts."""
 
+import errno
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -426,3 +428,84 @@ def test_hint_of_an_interrupted_sweep_continues_it(monkeypatch, capsys, tmp_path
     given = words[2 + len(flags_of(CONFIG)) + 2 :]
     assert execute(monkeypatch, tmp_path, *given) == 0
     assert (group(tmp_path, "a+b-sweep") / "sweep.csv").exists()
+
+
+# Disks and processes
+
+
+@pytest.mark.parametrize("name", ["policy_best.npz", "state.npz"])
+def test_full_disk(monkeypatch, capsys, tmp_path, name):
+    """One line and exit code 1; what is there is whole; a hint that continues to the files of an unbroken run."""
+    assert execute(monkeypatch, tmp_path / "unbroken", "--no-plot") == 0
+    write = os.fsync
+
+    def fill(handle):
+        if f"/.{name}." in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.os, "fsync", fill)
+        capsys.readouterr()
+        assert execute(patch, tmp_path, "--no-plot") == 1
+    folder = group(tmp_path) / "seed_0"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot write {folder / name}: No space left on device; then continue with: python ")
+    assert not list(tmp_path.rglob(".*.tmp"))
+    assert not (folder / name).exists()
+    assert vars(policy.load(folder)[1]) == vars(CONFIG)
+    assert execute(monkeypatch, tmp_path, "--no-plot", "--resume") == 0
+    expected = contents(group(tmp_path / "unbroken"))
+    if name == "state.npz":  # its run was complete
+        del expected["seed_0/state.npz"]
+    assert contents(group(tmp_path)) == expected
+
+
+def test_folder_that_vanishes(monkeypatch, tmp_path):
+    """It is made again, with all that makes it a run."""
+    assert execute(monkeypatch, tmp_path / "unbroken", "--no-plot") == 0
+    advance, calls = programs.advance, []
+
+    def remove(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            shutil.rmtree(tmp_path / "td3")
+        return advance(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "advance", remove)
+        assert execute(patch, tmp_path, "--no-plot") == 0
+    assert contents(group(tmp_path)) == contents(group(tmp_path / "unbroken"))
+
+
+def test_what_a_killed_writer_leaves_is_removed(monkeypatch, tmp_path):
+    """And nothing else with a similar name."""
+    for name in record.FILES:
+        with monkeypatch.context() as patch:
+            patch.setattr(record.os, "replace", killed)
+            patch.setattr(record.os, "unlink", lambda path: None)
+            with pytest.raises(Killed):
+                record.write_atomic(tmp_path / name, b"half")
+    assert len(list(tmp_path.iterdir())) == len(record.FILES)
+    (tmp_path / ".state.npz.swp").write_text("mine")
+    record.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".state.npz.swp"]
+
+
+def killed(*_):
+    raise Killed
+
+
+def test_checkpoint_that_cannot_be_read(monkeypatch, capsys, tmp_path):
+    folder = group(tmp_path) / "checkpoint_0_0"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert execute(patch, tmp_path, "--no-plot") == 130
+    for path in folder.glob("*/position/*"):
+        path.write_text("half")
+    capsys.readouterr()
+    assert execute(monkeypatch, tmp_path, "--no-plot", "--resume") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --resume: {folder}: its state cannot be read")
+    shutil.rmtree(folder)
+    assert execute(monkeypatch, tmp_path, "--no-plot", "--resume") == 0
