@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import io
 import re
+import shlex
 import sys
 import typing
 import warnings
@@ -24,9 +25,11 @@ class Options:
     num_seeds: Annotated[int, ">= 1"] = 1  # number of seeds; on a CPU each is bitwise the run of that seed alone
     env_params: tuple[str, ...] = ()  # NAME=VALUE ...: fields of the environment's EnvParams, max_steps_in_episode=500
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # FIELD=VALUE,VALUE,... may be repeated: runs the whole grid
-    name: str = "default"  # folder of this run, inside <out>/<algorithm>/<env>/
+    name: str = "default"  # folder of the seeds of one configuration, inside <out>/<algorithm>/<env>/
     out: Path = Path("results/runs")  # folder of all results
-    resume: bool = False  # continue an interrupted or killed run of the same command
+    resume: bool = False  # continue what the same command left; with a larger number of steps, extend a finished run
+    init_from: Path | None = None  # start from the parameters of a run: its folder, or a policy.npz or policy_best.npz
+    keep_state: Literal["small", "always", "never"] = "small"  # last state, to extend a run: small is up to 16 MB a run
     no_plot: bool = False  # do not draw curve.png
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log the metrics to one or both of these
     traceback: bool = False  # show all of an exception from inside the environment, which gets one line otherwise
@@ -49,8 +52,24 @@ def show_warnings():
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
+def warn(message):
+    """Print a warning in one line on stderr."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def resume_command():
+    """This command with all its flags, to be pasted into a shell, and --resume."""
+    return shlex.join(["python", *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+
+
+def flags(fields):
+    """The flags that give fields, by name, these values."""
+    values = {name: x if isinstance(x, (list, tuple)) else [x] for name, x in fields.items()}
+    return shlex.join(word for name, x in values.items() for word in ("--" + name.replace("_", "-"), *map(str, x)))
+
+
 def fail(message, code=2) -> NoReturn:
-    """Report a user's mistake in one line on stderr and exit with code 2, or 1 where training had begun."""
+    """Report a user's mistake in one line on stderr and exit with code 2, or another one."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -120,8 +139,7 @@ def parse_run(config_class, init):
     config, options, data = parse(function, prog=Path(sys.argv[0]).name, description=summary(config_class))
     check_range("num-seeds", options.num_seeds, 1, INT_MAX)
     check_range("seed", options.seed, 0, INT_MAX - options.num_seeds)
-    if not re.fullmatch(r"\w[\w.+=-]*", options.name):
-        fail(f"--name {options.name!r}: must be a plain folder name of letters, digits and . _ + = -")
+    check_name(options.name)
     check_distributed(options)
     return config, options, data
 
@@ -130,6 +148,16 @@ def check_range(flag, value, low, high):
     """Fail unless `low <= value <= high`."""
     if not low <= value <= high:
         fail(f"--{flag} {value}: must be from {low} to {high}")
+
+
+def check_name(name):
+    """Fail unless `name` can be that of a folder on any system, beside the folder of a sweep."""
+    if not re.fullmatch(r"\w([\w.+=-]*[\w+=-])?", name):
+        fail(f"--name {name!r}: must be a plain folder name of letters, digits and . _ + = -, without a dot at its end")
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE):
+        fail(f"--name {name}: must not be a name that Windows reserves for a device")
+    if name.endswith("-sweep"):
+        fail(f"--name {name}: must not end in -sweep: the table of a sweep has such a folder")
 
 
 def check_distributed(options):

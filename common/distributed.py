@@ -44,7 +44,8 @@ def collective():
         if jax.process_count() == 1:
             raise
         said = str(error).splitlines()[0]
-        raise Lost(f"--distributed: another process was lost ({said}); --resume continues") from error
+        how = f"continue in all processes with --resume, here: {cli.resume_command()}"
+        raise Lost(f"--distributed: another process was lost ({said}); {how}") from error
 
 
 def abort(error, message=None) -> NoReturn:

@@ -31,6 +31,7 @@ class Play:
 
     # folder of a seed (.../seed_0), or of a group with a single seed
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    which: Literal["last", "best"] = "last"  # the last policy, or the one of the best evaluation while it trained
     episodes: Annotated[int, ">= 1"] = 100  # whole episodes to play
     seed: Annotated[int, ">= 0"] = 0  # of the episodes; Gymnasium gets seed + i for episode i
     backend: Literal["gymnax", "gymnasium"] = "gymnax"  # whose implementation of the environment to use
@@ -57,7 +58,7 @@ def main():
     cli.check_range("seed", play.seed, 0, cli.INT_MAX)
     if play.gif and (play.gif.suffix.lower() != ".gif" or play.gif.is_dir()):
         cli.fail(f"--gif {play.gif}: must be a file that ends in .gif")
-    module, config, params = policy.load(find_seed(play.run))
+    module, config, params = policy.load(policy.find_seed(play.run), play.which)
     if play.backend == "gymnax":
         returns = gymnax_returns(module.act, config, params, play.seed, jnp.arange(play.episodes))
     else:
@@ -71,16 +72,6 @@ def main():
         except OSError as error:
             cli.fail(f"--gif {play.gif}: cannot write there: {error}")
         print(f"{play.gif}: {len(frames)} steps, return {total:.{decimals(abs(total))}f}")
-
-
-def find_seed(run):
-    """The folder of a seed: `run` itself, or the only one in it."""
-    if not run.is_dir():
-        cli.fail(f"{run}: no such folder")
-    seeds = sorted(run.glob("seed_*"), key=lambda path: (len(path.name), path.name))
-    if len(seeds) > 1 and not (run / "config.json").exists():
-        cli.fail(f"{run}: holds {len(seeds)} seeds; choose one: {', '.join(str(path) for path in seeds)}")
-    return seeds[0] if len(seeds) == 1 else run
 
 
 def summarize(returns):

@@ -46,9 +46,8 @@ def summary(values):
 
 def read_group(group):
     """`(seeds, progress [num_epochs], returns [num_seeds, num_epochs], finite)` of the seeds with the most epochs."""
-    folders = [path.parent for path in Path(group).glob("seed_*/metrics.csv")]
-    seeds = sorted(int(folder.name.removeprefix("seed_")) for folder in folders)
-    runs = {seed: record.read_metrics(record.seed_folder(group, seed)) for seed in seeds}
+    folders = {seed: record.seed_folder(group, seed) for seed in record.seeds(group)}
+    runs = {seed: record.read_metrics(x) for seed, x in folders.items() if (x / "metrics.csv").exists()}
     epochs = max(len(c["step"]) for c in runs.values())
     runs = {seed: c for seed, c in runs.items() if len(c["step"]) == epochs}
     progress = record.progress(next(iter(runs.values())))

@@ -1,15 +1,20 @@
-"""Policies: the learned arrays of a run, written as `policy.npz` and rebuilt from a run's folder."""
+"""Policies: the learned arrays of a run, the last and the best, written to its folder and rebuilt from there."""
 
 import importlib.util
+import inspect
+import math
 import sys
 import zipfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from amortax.common import envs, record
 from amortax.common.cli import fail
+
+FILES = {"last": "policy.npz", "best": "policy_best.npz"}  # the best is that of the highest mean return
 
 
 def array_names(params):
@@ -18,14 +23,23 @@ def array_names(params):
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
 
 
-def save(folder, params):
-    """Write `policy.npz`."""
+def save(folder, params, which="last"):
+    """Write `policy.npz`, or `policy_best.npz`."""
     arrays = dict(zip(array_names(params), jax.tree.leaves(params), strict=True))
-    record.write_arrays(Path(folder) / "policy.npz", arrays)
+    record.write_arrays(Path(folder) / FILES[which], arrays)
 
 
-def load(folder):
-    """Return `(module, config, params)` of a saved run: the algorithm's module, its Config and its State.params."""
+def is_best(rows):
+    """Whether the last row of a run has the highest return so far, the first of equals, and finite parameters."""
+    *earlier, last = (float(row["eval_return_mean"]) if int(row["finite"]) else math.nan for row in rows)
+    return math.isfinite(last) and not any(x >= last for x in earlier)
+
+
+def load(folder, which="last"):
+    """Return `(module, config, params)` of a saved run: the algorithm's module, its Config and its State.params.
+
+    `which` is "last" or "best", the parameters with the highest mean return in an evaluation.
+    """
     folder = Path(folder)
     description = record.read_config(folder)
     try:
@@ -37,38 +51,80 @@ def load(folder):
         known = description.get("env_sha256")  # of code that is not gymnax's
         if known and known != envs.describe(description["config"]["env"]).get("env_sha256"):
             print(f"note: the code of {description['config']['env']} has changed since this run", file=sys.stderr)
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
-        config = module.Config(**values)
+        config = record.read_fields(module.Config, description["config"])
         shapes = jax.eval_shape(module.init, config, jax.random.key(0)).params
     except Exception as error:  # a description or a source that somebody edited can be wrong in any way
         fail(f"{folder / 'config.json'}: describes no run that can be rebuilt: {type(error).__name__}: {error}")
-    arrays = read_arrays(folder / "policy.npz")
+    path = folder / FILES[which]
+    return module, config, read(path, path, description["algorithm"], shapes)
+
+
+def find_seed(run):
+    """The folder of a seed: `run` itself, or the only one in it."""
+    if not run.is_dir():
+        fail(f"{run}: no such folder")
+    seeds = [record.seed_folder(run, seed) for seed in record.seeds(run)]
+    if len(seeds) > 1 and not (run / "config.json").exists():
+        fail(f"{run}: holds {len(seeds)} seeds; choose one: {', '.join(str(path) for path in seeds)}")
+    return seeds[0] if len(seeds) == 1 else run
+
+
+def read(path, label, algorithm, shapes):
+    """The parameters in an .npz file; fails, with its `label`, unless they fit to those of an algorithm."""
+    arrays = read_arrays(path, label)
     names, leaves = array_names(shapes), jax.tree.leaves(shapes)
-    check_arrays(folder / "policy.npz", description["algorithm"], arrays, dict(zip(names, leaves, strict=True)))
-    return module, config, jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in names])
+    check_arrays(label, algorithm, arrays, dict(zip(names, leaves, strict=True)))
+    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in names])
 
 
-def read_arrays(path):
+def read_arrays(path, label):
     """The arrays of an .npz file by name; fails on anything else."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except FileNotFoundError:
-        fail(f"{path}: no policy saved yet")
+        fail(f"{label}: no policy saved yet")
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-        fail(f"{path}: truncated or not a policy: {error}")
+        fail(f"{label}: truncated or not a policy: {error}")
 
 
-def check_arrays(path, algorithm, arrays, shapes):
+def check_arrays(label, algorithm, arrays, shapes):
     """Fail unless `arrays` have the names, shapes and types of `shapes` and are finite."""
     if sorted(arrays) != sorted(shapes):
-        fail(f"{path}: not a policy of {algorithm}: it must hold the arrays {', '.join(shapes)}")
+        fail(f"{label}: not a policy of {algorithm}: it must hold the arrays {', '.join(shapes)}")
     for name, leaf in shapes.items():
         if arrays[name].shape != leaf.shape or arrays[name].dtype != leaf.dtype:
             found = f"{arrays[name].dtype}{list(arrays[name].shape)}"
-            fail(f"{path}: {name} is {found}, config.json asks for {leaf.dtype}{list(leaf.shape)}")
+            fail(f"{label}: {name} is {found}, must be {leaf.dtype}{list(leaf.shape)}")
         if not np.isfinite(arrays[name]).all():
-            fail(f"{path}: {name} is not finite: this seed diverged")
+            fail(f"{label}: {name} is not finite: this seed diverged")
+
+
+# Warm starts
+
+
+def find_parameters(path):
+    """The file of `--init-from`: itself, or the last policy of the run in this folder."""
+    return find_seed(path) / FILES["last"] if path.is_dir() else path
+
+
+def load_parameters(path, config, init):
+    """The parameters in a file, for runs of `config` to start from; fails unless they fit."""
+    shapes = jax.eval_shape(init, config, jax.random.key(0)).params
+    return read(path, f"--init-from {path}", Path(inspect.getsourcefile(init)).stem, shapes)
+
+
+def warm_started(init):
+    """`init`, but its last argument is the parameters to start from."""
+
+    def start(config, key, *shared):
+        *shared, params = shared
+        state = init(config, key, *shared)
+        # copies: a state may hold its parameters several times, and each is donated
+        same = [name for name, x in state._asdict().items() if isinstance(x, type(params))]
+        return state._replace(**{name: jax.tree.map(jnp.copy, params) for name in same})
+
+    return start
 
 
 def load_algorithm(name, source):

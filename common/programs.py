@@ -179,9 +179,9 @@ def by_run(batch, trees):
 # Checkpoints
 
 
-def num_arrays(programs):
-    """How many arrays `to_arrays` makes."""
-    return len(jax.tree.leaves(programs.init[0].out_info))
+def array_shapes(programs):
+    """Shapes and types of what `to_arrays` makes, but with a leading axis of the runs of one device."""
+    return [jax.eval_shape(key_data, x) for x in jax.tree.leaves(programs.init[0].out_info)]
 
 
 def is_key(x):
@@ -189,14 +189,29 @@ def is_key(x):
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def key_data(x):
+    """Random keys as their data; other arrays as they are."""
+    return jax.random.key_data(x) if is_key(x) else x
+
+
 def to_arrays(programs, states):
     """The states as a list of arrays `[round_size, ...]` over all devices in use, random keys as their data."""
     sharding = NamedSharding(Mesh(np.array(programs.devices), ("run",)), PartitionSpec("run"))
-    leaves = [[jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(state)] for state in states]
+    leaves = [[key_data(x) for x in jax.tree.leaves(state)] for state in states]
     return [
         jax.make_array_from_single_device_arrays((programs.round_size, *parts[0].shape[1:]), sharding, list(parts))
         for parts in zip(*leaves, strict=True)
     ]
+
+
+def state_bytes(programs):
+    """Bytes of the state of a run."""
+    return sum(x.size * x.dtype.itemsize for x in array_shapes(programs)) / programs.runs_per_device
+
+
+def arrays_by_run(batch, states):
+    """`{run index: arrays}`, on the host, of one run each: the rows of what `to_arrays` makes."""
+    return by_run(batch, [[np.asarray(key_data(x)) for x in jax.tree.leaves(state)] for state in states])
 
 
 def from_arrays(programs, arrays, num_runs):

@@ -3,6 +3,8 @@
     <out>/<algorithm>/<env>/<name>/seed_<s>/config.json    what was run, and all that decides its numbers
     <out>/<algorithm>/<env>/<name>/seed_<s>/metrics.csv    a row for each epoch
     <out>/<algorithm>/<env>/<name>/seed_<s>/policy.npz     every learned array, named by its place in `State.params`
+    <out>/<algorithm>/<env>/<name>/seed_<s>/policy_best.npz     the same, at the best evaluation
+    <out>/<algorithm>/<env>/<name>/seed_<s>/state.npz      the last state, to extend the run, where it is small
     <out>/<algorithm>/<env>/<name>/curve.png               all seeds of the folder
 
     A sweep writes such a folder for each of its cells, and one of its own beside them: see `common/sweep.py`.
@@ -18,6 +20,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import zipfile
@@ -34,6 +37,9 @@ from amortax.common.cli import fail
 # what determines the numbers beside the code; scipy solves the integer programs
 PACKAGES = ("jax", "jaxlib", "optax", "distrax", "gymnax", "numpy", "scipy", "jax-cuda12-plugin", "jax-cuda13-plugin")
 JAX_CONFIG = ("jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision")
+RUN_FILES = ("config.json", "metrics.csv", "policy.npz", "policy_best.npz", "state.npz")
+FILES = (*RUN_FILES, "curve.png", "sweep.csv", "sweep.png")
+PLACE = ("device", "versions")  # entries of `config.json` that say where a run was made, not which run it is
 
 
 class Run(NamedTuple):
@@ -42,6 +48,7 @@ class Run(NamedTuple):
     config: object
     seed: int
     group: Path
+    description: dict | None = None  # the content of its `config.json`
 
     @property
     def folder(self):
@@ -51,7 +58,7 @@ class Run(NamedTuple):
 
 def group_folder(out, algorithm, env, name):
     """The folder that the seeds of one configuration share."""
-    return Path(out) / algorithm / env.replace(":", ".") / name
+    return Path(out) / algorithm / re.sub("[:/]", ".", env) / name
 
 
 def seed_folder(group, seed):
@@ -59,10 +66,32 @@ def seed_folder(group, seed):
     return Path(group) / f"seed_{seed}"
 
 
+def seeds(group):
+    """The seeds that have a folder in a group, sorted; whatever else lies there is ignored."""
+    return sorted(int(path.name[5:]) for path in Path(group).glob("seed_*") if is_ours(path, r"seed_(0|[1-9]\d*)"))
+
+
+def is_ours(folder, pattern):
+    """Whether this is a folder with a name of the pattern, and not a copy or a file with a similar one."""
+    return bool(re.fullmatch(pattern, folder.name, re.ASCII)) and folder.is_dir()
+
+
+class WriteError(OSError):
+    """A file could not be written; it holds its former content."""
+
+
 def write_atomic(path, data):
     """Write bytes to `path`; whatever happens, it holds all of them or its former content."""
+    try:
+        replace(path, data)
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror, str(path)) from error
+
+
+def replace(path, data):
+    """Write bytes to a temporary file, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -78,31 +107,31 @@ def write_atomic(path, data):
 
 def remove_leftovers(folder):
     """Delete temporary files of a process that was killed while it wrote files or removed checkpoints."""
-    for name in ("config.json", "metrics.csv", "policy.npz", "curve.png", "sweep.csv", "sweep.png"):
-        for path in Path(folder).glob(f".{name}.*"):
+    for path in Path(folder).glob(".*"):
+        name, _, random = path.name.removeprefix(".").removesuffix(".tmp").rpartition(".")
+        if name in FILES and path.name == f".{name}.{random}.tmp":
             path.unlink(missing_ok=True)
-    for path in Path(folder).glob(".checkpoint_*"):
-        shutil.rmtree(path, ignore_errors=True)
+        elif is_ours(path, r"\.checkpoint_\d+_\d+"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def describe(script, config, seed, base_points=None):
+def describe(script, config, seed, files=None):
     """The content of `config.json`: everything that determines the numbers of one seed, and nothing else.
 
-    `base_points` is the file of them, if there is one.
+    `files` are those that it learns from, by name, or None.
     """
     env = getattr(config, "env", None)
     description = {
         "algorithm": Path(script).stem,
         "seed": seed,
-        "config": dataclasses.asdict(config),
+        "config": as_json(config),
         "source": str(Path(script).resolve()),
         "source_sha256": sha256(script),
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()} | versions([*PACKAGES, envs.package(env)]),
         "jax_config": {name: getattr(jax.config, name) for name in JAX_CONFIG},
     } | envs.describe(env)
-    if base_points:
-        description["base_points_sha256"] = sha256(base_points)
+    description |= {f"{name}_sha256": sha256(path) for name, path in (files or {}).items() if path}
     return json.loads(json.dumps(description))  # tuples become lists, as in what is read
 
 
@@ -113,6 +142,16 @@ def versions(packages):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def as_json(config):
+    """The fields of a configuration as they are in `config.json`."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read_fields(config_class, fields):
+    """The configuration of the fields in `config.json`; TypeError where it has others."""
+    return config_class(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
 
 
 def sha256(path):
@@ -132,10 +171,18 @@ def differences(old, new, prefix=""):
     return lines
 
 
+def place_differences(old, new):
+    """The `differences` in where two runs were made."""
+    return differences(*({name: x[name] for name in PLACE if name in x} for x in (old, new)))
+
+
 def read_config(folder):
     """The description in `folder/config.json`; fails if there is none."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text())
+        description = json.loads((Path(folder) / "config.json").read_text())
+        if not isinstance(description, dict):
+            raise ValueError("must be an object")
+        return description
     except (OSError, ValueError) as error:
         fail(f"{folder}: no run here: config.json: {error}")
 

@@ -7,7 +7,6 @@ Each process writes the files of the runs that its devices hold, process 0 those
 """
 
 import inspect
-import itertools
 import math
 import signal
 import sys
@@ -34,6 +33,7 @@ from amortax.common import (
     programs,
     progress,
     record,
+    resume,
     sweep,
     track,
 )
@@ -46,17 +46,19 @@ SAVE_SECONDS = 1.0  # what saving is expected to take before it was measured
 def main(config_class, init, epoch, num_epochs):
     """Command line of an algorithm file.
 
-    Its exit code is 0, or 1 if a seed diverged, 2 for a mistake, 3 if another process was lost, 130 if interrupted.
+    Its exit code is 0, or 1 if a seed diverged or a file cannot be written, 2 for a mistake, 3 if another process was
+    lost, 130 if interrupted.
     """
     cli.show_warnings()
     config, options, data = cli.parse_run(config_class, init)
     grid = sweep.parse(config, options.sweep)
     began = False
     try:
-        out_folder, runs, points = prepare(config, options, data, grid, init)
+        out_folder, runs, shared = prepare(config, options, data, grid, (init, epoch, num_epochs))
         began = True
         checkpoints = out_folder / f"checkpoint_{runs[0].seed}_{runs[-1].seed}"
-        complete = train(init, epoch, num_epochs(config), runs, points, checkpoints, options)
+        first = policy.warm_started(init) if options.init_from else init
+        complete = train(first, epoch, num_epochs(config), runs, shared, checkpoints, options)
         distributed.synchronize("trained")
     except Exception as error:
         fail_late(error, config.env, options.traceback, code=1 if began else 2)
@@ -67,8 +69,12 @@ def main(config_class, init, epoch, num_epochs):
     raise SystemExit(code)
 
 
-def prepare(config, options, data, grid, init):
-    """Set up devices and processes, check everything, then write `config.json`s: `(out_folder, runs, base points)`."""
+def prepare(config, options, data, grid, functions):
+    """Set up devices and processes, check everything, write `config.json`s: `(out_folder, runs, shared)`.
+
+    `shared` are further arguments of `init`, the same for all runs: base points, parameters to start from.
+    """
+    init, *_ = functions
     track.check(options.track)
     cells = sweep.cells(config, grid)
     if options.distributed:
@@ -77,15 +83,19 @@ def prepare(config, options, data, grid, init):
     envs.register(config.env, options.env_params, options.traceback)
     for changed in [config, *sweep.one_by_one(config, grid)]:
         checks.check_config(changed, init)
-    points = base_points.load_and_save(data, options, config, init)
+    files = {"base_points": data.base_points}
+    shared = base_points.load_and_save(data, options, config, init)
+    if options.init_from:
+        files["init_from"] = policy.find_parameters(options.init_from)
+        shared.append(policy.load_parameters(files["init_from"], config, init))
     script = inspect.getsourcefile(init)
     group = record.group_folder(options.out, Path(script).stem, config.env, options.name)
     seeds = range(options.seed, options.seed + options.num_seeds)
     groups = [(cell.config, group.with_name(group.name + cell.suffix)) for cell in cells]
     runs = [record.Run(config, seed, folder) for config, folder in groups for seed in seeds]
     out_folder = group.with_name(f"{group.name}-sweep") if grid else group
-    checks.check_folders(out_folder, script, runs, grid, options, data.base_points)
-    return out_folder, runs, points
+    runs = checks.check_folders(out_folder, script, runs, grid, options, files, functions)
+    return out_folder, runs, shared
 
 
 def fail_late(error, env, show_traceback, code):
@@ -93,14 +103,16 @@ def fail_late(error, env, show_traceback, code):
     message = str(error) if isinstance(error, (track.Failed, distributed.Lost)) else None
     if isinstance(error, jax.errors.JaxRuntimeError) and milp.failures:  # in a call of the host by the program
         message = f"--maximizer milp: {milp.failures.pop()}"
+    if isinstance(error, record.WriteError):
+        message = f"cannot write {error.filename}: {error.strerror}; then continue with: {cli.resume_command()}"
+        code = 1
     inside_env = None if message else envs.explain(env, error)
-    message = message or inside_env
     if inside_env and show_traceback:
         traceback.print_exception(error)
     if jax.process_count() > 1:
-        distributed.abort(error, message)
-    if message:
-        cli.fail(message, code if inside_env else 2)
+        distributed.abort(error, message or inside_env)
+    if message or inside_env:
+        cli.fail(message or inside_env, code if inside_env or isinstance(error, record.WriteError) else 2)
     raise error
 
 
@@ -111,11 +123,12 @@ class Training(NamedTuple):
     num_epochs: int
     programs: programs.Programs
     checkpoints: Path
+    keep_states: bool  # write the last states
 
 
-def train(init, epoch, num_epochs, runs, points, checkpoints, options):
+def train(init, epoch, num_epochs, runs, shared, checkpoints, options):
     """Train the runs in rounds, with --resume from where they were left; whether all have come to their end."""
-    position = resume(runs, num_epochs, checkpoints) if options.resume else Position(0, len(runs), 0)
+    position = resume.position(runs, num_epochs, checkpoints) if options.resume else Position(0, len(runs), 0)
     if position.first == len(runs):
         distributed.print_once("this run is complete; nothing to resume")
         return True
@@ -123,8 +136,9 @@ def train(init, epoch, num_epochs, runs, points, checkpoints, options):
     with progress.show() as show:
         show("compiling")
         num_runs = len(runs) - position.first
-        compiled = programs.compile_to_fit(runs[0].config, init, epoch, num_runs, devices.memory(), points)
-        training = Training(runs, num_epochs, compiled, checkpoints)
+        compiled = programs.compile_to_fit(runs[0].config, init, epoch, num_runs, devices.memory(), shared)
+        num_bytes = programs.state_bytes(compiled)
+        training = Training(runs, num_epochs, compiled, checkpoints, checkpoint.is_kept(options.keep_state, num_bytes))
         distributed.synchronize("compiled")
         while position.first < len(runs):
             position = position._replace(last=min(position.last, position.first + compiled.round_size))
@@ -132,27 +146,15 @@ def train(init, epoch, num_epochs, runs, points, checkpoints, options):
                 epochs, row = train_round(training, position, interrupted, show, log)
             if epochs < num_epochs:
                 break
-            position = Position(position.last, len(runs), 0)
-    if position.first < len(runs):
+            position = resume.next_position(runs, position.last, num_epochs, options.resume)
+    if position.first == len(runs):
+        if options.keep_state == "small" and not training.keep_states:
+            how = "--keep-state always keeps it, to extend a run later"
+            distributed.print_once(f"the last state, of {num_bytes / 1e6:,.0f} MB a run, is not kept; {how}")
+    else:
         done = f"and saved after {record.amount(row)}" if row else "before the first epoch"
-        distributed.print_once(f"interrupted {done}; run the same command with --resume to continue")
+        distributed.print_once(f"interrupted {done}; continue with: {cli.resume_command()}")
     return position.first == len(runs)
-
-
-def resume(runs, num_epochs, checkpoints):
-    """Where to continue: with the round of the checkpoint, or else with the first run that is not complete."""
-
-    def is_complete(run):
-        return (run.folder / "policy.npz").exists() and record.num_rows(run.folder) == num_epochs
-
-    saved = checkpoint.latest(checkpoints)
-    if saved:
-        of_round = runs[saved.first : saved.last]
-        # a kill while a later round wrote its files may have left them behind this checkpoint
-        usable = list(itertools.takewhile(lambda run: record.num_rows(run.folder) >= saved.epochs, of_round))
-        if not all(is_complete(run) for run in usable):
-            return saved._replace(last=saved.first + len(usable))
-    return Position(next((i for i, run in enumerate(runs) if not is_complete(run)), len(runs)), len(runs), 0)
 
 
 def train_round(training, position, interrupted, show, log):
@@ -162,41 +164,60 @@ def train_round(training, position, interrupted, show, log):
     rows = {i: record.read_rows(runs[i].folder, position.epochs) for held in batch.run_indices for i in held}
     began = last_save = time.monotonic()
     states, reached, save_seconds = begin(training, position, batch), position, SAVE_SECONDS
+    best = {}  # parameters of the runs whose best evaluation has not been saved
     (stop,) = distributed.any_process(interrupted.is_set())
     while reached.epochs < training.num_epochs and not stop:
         states, outs = programs.advance(training.programs, batch, states)
         for i, (metrics, finite) in programs.by_run(batch, outs).items():
             rows[i].append(record.metrics_row(metrics, finite))
+        best |= best_params(batch, states, rows)
         reached = reached._replace(epochs=reached.epochs + 1)
         show(*epoch_line(training, position, reached, rows, time.monotonic() - began))
         due = time.monotonic() - last_save >= save_seconds / CHECKPOINT_SHARE
         stop, due = distributed.any_process(interrupted.is_set(), due)  # all processes save together
         if due and not stop and reached.epochs < training.num_epochs:
             last_save = time.monotonic()
-            save(training, reached, batch, states, rows, log)
-            save_seconds = time.monotonic() - last_save
+            save(training, reached, batch, states, rows, best, log)
+            best, save_seconds = {}, time.monotonic() - last_save
     if reached != position:
-        save(training, reached, batch, states, rows, log)
+        save(training, reached, batch, states, rows, best, log)
     return reached.epochs, rows[0][-1] if rows.get(0) else None
 
 
 def begin(training, position, batch):
-    """The states of a round at `position`, from its checkpoint or from `init`."""
+    """The states of a round at `position`, from what was saved of it or from `init`."""
     if not position.epochs:
         return programs.start(training.programs, batch)
-    arrays = checkpoint.restore(training.checkpoints, programs.num_arrays(training.programs))
+    runs, like = training.runs[position.first : position.last], programs.array_shapes(training.programs)
+    arrays = resume.restore(runs, position, training.checkpoints, like)
     return programs.from_arrays(training.programs, arrays, position.last - position.first)
 
 
-def save(training, reached, batch, states, rows, log):
-    """Write and track the metrics, write the policies, and, unless the round is at its end, a checkpoint."""
+def best_params(batch, states, rows):
+    """Copies of the parameters of the runs whose last evaluation is their best, by run."""
+    better = [i for i, run_rows in rows.items() if policy.is_best(run_rows)]
+    params = programs.by_run(batch, jax.device_get([state.params for state in states])) if better else {}
+    return {i: jax.tree.map(np.array, params[i]) for i in better}
+
+
+def save(training, reached, batch, states, rows, best, log):
+    """Write policies, last states, metrics (and track these), and, unless the round is at its end, a checkpoint."""
+    at_end = reached.epochs == training.num_epochs
+    kept = programs.arrays_by_run(batch, states) if at_end and training.keep_states else {}
     params = programs.by_run(batch, jax.device_get([state.params for state in states]))
     for i, run_rows in rows.items():
-        folder = training.runs[reached.first + i].folder
-        record.write_rows(folder / "metrics.csv", run_rows)
-        log(folder, run_rows)
+        run = training.runs[reached.first + i]
+        folder = run.folder
+        if not (folder / "config.json").exists():  # somebody has removed the folder
+            record.write_config(folder, run.description)
         policy.save(folder, params[i])
-    if reached.epochs < training.num_epochs:
+        if i in best:
+            policy.save(folder, best[i], "best")
+        record.write_rows(folder / "metrics.csv", run_rows)  # after the policies: its rows tell that a run is complete
+        if i in kept:
+            checkpoint.keep(folder, reached.epochs, kept[i])
+        log(folder, run_rows)
+    if not at_end:
         with distributed.collective():
             checkpoint.save(training.checkpoints, reached, programs.to_arrays(training.programs, states))
 

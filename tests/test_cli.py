@@ -100,14 +100,6 @@ def test_out_is_a_file_or_not_writable(monkeypatch, capsys, tmp_path):
     assert "--out /proc/runs: cannot write" in fails(monkeypatch, capsys, "/proc/runs")
 
 
-def test_foreign_files_in_the_folder_are_kept(monkeypatch, capsys, tmp_path):
-    folder = tmp_path / "td3" / "Pendulum-v1" / "default" / "seed_0"
-    folder.mkdir(parents=True)
-    (folder / "thesis.txt").write_text("mine")
-    assert "config.json" in fails(monkeypatch, capsys, tmp_path)
-    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "fields",
@@ -164,12 +156,13 @@ def test_every_field_is_read_from_its_flag(monkeypatch):
             changed[field.name] = field.default * 2 if isinstance(field.default, int) else field.default / 2
     config = td3.Config(**changed)
     words = "--seed 7 --num-seeds 2 --no-plot --out x --name n --resume --sweep gamma=0.1 --sweep tau=0.2"
-    words += " --env-params g=9.8 dt=0.1 --traceback"
+    words += " --env-params g=9.8 dt=0.1 --traceback --keep-state never --init-from run"
     words += " --track wandb tensorboard --distributed --coordinator-address a:1 --num-processes 3 --process-id 2"
     monkeypatch.setattr(sys, "argv", ["td3.py", *flags_of(config), *words.split()])
     expected = {"seed": 7, "num_seeds": 2, "sweep": ("gamma=0.1", "tau=0.2"), "name": "n", "out": Path("x")}
     expected |= {"env_params": ("g=9.8", "dt=0.1"), "traceback": True}
     expected |= {"resume": True, "no_plot": True, "track": ("wandb", "tensorboard"), "distributed": True}
+    expected |= {"keep_state": "never", "init_from": Path("run")}
     expected |= {"coordinator_address": "a:1", "num_processes": 3, "process_id": 2}
     assert set(expected) == {field.name for field in dataclasses.fields(cli.Options)}
     assert cli.parse_run(td3.Config, td3.init) == (config, cli.Options(**expected), cli.Data())

@@ -352,10 +352,10 @@ def test_no_such_run(run_play, tmp_path):
 
 def test_which_seed(run_play, untrained, tmp_path):
     shutil.copytree(untrained, tmp_path / "seed_9")
-    assert play.find_seed(tmp_path) == tmp_path / "seed_9"
+    assert policy.find_seed(tmp_path) == tmp_path / "seed_9"
     shutil.copytree(untrained, tmp_path / "seed_10")
     assert_mistake(run_play(tmp_path), f"2 seeds; choose one: {tmp_path}/seed_9, {tmp_path}/seed_10")
-    assert play.find_seed(tmp_path / "seed_10") == tmp_path / "seed_10"
+    assert policy.find_seed(tmp_path / "seed_10") == tmp_path / "seed_10"
 
 
 def npz(**arrays):
@@ -391,7 +391,7 @@ def test_policy_that_does_not_fit(run_play, untrained, tmp_path):
     folder = shutil.copytree(untrained, tmp_path / "seed_0")
     params = policy.load(untrained)[2]
     policy.save(folder, jax.tree.map(lambda x: np.zeros((*x.shape, 2), np.float32), params))
-    assert_mistake(run_play(folder), "policy.npz", "config.json asks for")
+    assert_mistake(run_play(folder), "policy.npz", "must be float32")
     policy.save(folder, jax.tree.map(lambda x: np.full_like(x, np.nan), params))
     assert_mistake(run_play(folder), "policy.npz", "diverged")
     description = json.loads((folder / "config.json").read_text())

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def assert_finished(out, unbroken):
 
 
 def test_layout(unbroken):
-    names = {f"seed_{seed}/{name}" for seed in range(3) for name in ("config.json", "metrics.csv", "policy.npz")}
+    names = {f"seed_{seed}/{name}" for seed in range(3) for name in record.RUN_FILES}
     assert set(unbroken) == names | {"curve.png"}
     described = json.loads(unbroken["seed_1/config.json"])
     assert (described["algorithm"], described["seed"]) == ("td3", 1)
@@ -312,16 +313,16 @@ def test_interrupt_saves_and_resumes(monkeypatch, capsys, unbroken, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.search(r"interrupted and saved after \d+ steps; run the same command with --resume to continue", out)
+    words = shlex.join(["python", str(SCRIPT), *flags_of(CONFIG), "--out", str(tmp_path), *THREE, "--resume"])
+    assert re.search(r"interrupted and saved after \d+ steps; continue with: " + re.escape(words) + "\n", out)
     assert "Traceback" not in err
     broken = contents(group(tmp_path))
-    files = {f"seed_{seed}/{name}" for seed in range(2) for name in ("config.json", "metrics.csv", "policy.npz")}
+    files = {f"seed_{seed}/{name}" for seed in range(2) for name in record.RUN_FILES[:-1]}  # no state.npz yet
     assert {name for name in broken if name.startswith("seed_")} == files | {"seed_2/config.json"}
     # neither the same command without --resume nor another range of seeds may run over it
     for others in (THREE, ["--seed", "2"], ["--seed", "2", "--resume"]):
         assert execute(monkeypatch, tmp_path, *others) == 2
-        said = "holds an unfinished run; continue it with --seed 0 --num-seeds 3 --resume"
-        assert said in capsys.readouterr().err
+        assert capsys.readouterr().err.endswith(f"holds an unfinished run; continue it with: {words}\n")
     assert contents(group(tmp_path)) == broken
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     again = subprocess.run(command(tmp_path, *THREE, "--resume"), capture_output=True, text=True, env=env)
@@ -334,7 +335,7 @@ def test_interrupt_before_the_first_epoch(monkeypatch, capsys, tmp_path, unbroke
     with monkeypatch.context() as patch:
         interrupt_after(patch, 0)
         assert execute(patch, tmp_path) == 130
-    assert "interrupted before the first epoch; run the same command with --resume" in capsys.readouterr().out
+    assert "interrupted before the first epoch; continue with: python td3.py --total-steps " in capsys.readouterr().out
     assert set(contents(group(tmp_path))) == {"seed_0/config.json"}
     assert execute(monkeypatch, tmp_path, "--resume", "--no-plot") == 0
     for name, data in contents(group(tmp_path) / "seed_0").items():
@@ -446,6 +447,7 @@ def test_resume_lists_every_difference(monkeypatch, capsys, tmp_path):
     line = capsys.readouterr().err
     assert "config.gamma: 0.99 -> 0.9" in line
     assert "config.hidden_sizes: [8, 8] -> [4]" in line
+    assert line.endswith("; it was run with --hidden-sizes 8 8 --gamma 0.99\n")
 
 
 # Rounds and memory
@@ -462,7 +464,7 @@ def test_runs_that_share_a_device_are_vmapped(tmp_path):
     # a checkpoint of this layout continues in the other one, with a run at a time on a device
     assert checkpoint.latest(tmp_path / "checkpoint") == (0, 3, 1)
     single = compile_once(CONFIG, td3.init, td3.epoch, 3)
-    arrays = checkpoint.restore(tmp_path / "checkpoint", programs.num_arrays(single))
+    arrays = checkpoint.restore(tmp_path / "checkpoint", programs.array_shapes(single))
     restored = programs.from_arrays(single, arrays, single.round_size)
     single_batch = programs.place(single, [CONFIG] * 2, [0, 1])
     assert single_batch.run_indices == [[0], [1]]
