@@ -32,7 +32,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import gymnax
 import jax
@@ -41,6 +41,8 @@ import numpy as np
 import optax
 from jax import lax, random
 from jax.flatten_util import ravel_pytree
+
+Count = Annotated[int, "from 1 to 2147483647"]  # a plain int may be 0 or negative
 
 
 @jax.tree_util.register_dataclass
@@ -52,18 +54,18 @@ class Config:
     """
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment with bounded continuous actions
-    total_steps: int = jax.tree.static(default=10_000)  # environment steps, warm-up included
-    learning_starts: int = jax.tree.static(default=1_000)  # environment steps of uniformly random warm-up
-    steps_per_epoch: int = jax.tree.static(default=1_000)  # environment steps between evaluations
-    num_envs: int = jax.tree.static(default=8)  # environments stepped in parallel
-    num_steps: int = jax.tree.static(default=1)  # steps of each environment per iteration
+    total_steps: Count = jax.tree.static(default=10_000)  # environment steps, warm-up included
+    learning_starts: Count = jax.tree.static(default=1_000)  # environment steps of uniformly random warm-up
+    steps_per_epoch: Count = jax.tree.static(default=1_000)  # environment steps between evaluations
+    num_envs: Count = jax.tree.static(default=8)  # environments stepped in parallel
+    num_steps: Count = jax.tree.static(default=1)  # steps of each environment per iteration
     utd_ratio: Annotated[float, "> 0"] = jax.tree.static(default=1.0)  # updates per environment step
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
-    buffer_size: int = jax.tree.static(default=100_000)  # transitions in the replay buffer
-    batch_size: int = jax.tree.static(default=256)  # transitions per update
-    hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    num_eval_episodes: Count = jax.tree.static(default=128)  # greedy episodes per evaluation
+    buffer_size: Count = jax.tree.static(default=100_000)  # transitions in the replay buffer
+    batch_size: Count = jax.tree.static(default=256)  # transitions per update
+    hidden_sizes: tuple[Count, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
-    target_period: int = jax.tree.static(default=40)  # updates per update of the targets
+    target_period: Count = jax.tree.static(default=40)  # updates per update of the targets
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for actor and critics
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
     tau: Annotated[float, "in [0, 1]"] = 1.0  # step of the targets towards the online networks
@@ -382,12 +384,12 @@ RULES = {
 def check(config):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
     for field in dataclasses.fields(config):
-        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
-        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+        (rule,) = getattr(kind, "__metadata__", ["finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
             if isinstance(x, str):
-                if field.type is not str and x not in choices:
-                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+                if get_origin(kind) is Literal and x not in get_args(kind):
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(get_args(kind))}")
             elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 

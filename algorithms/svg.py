@@ -29,7 +29,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import gymnax
 import jax
@@ -40,6 +40,8 @@ from jax import lax, random
 from jax.flatten_util import ravel_pytree
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # bounds of the policy's log standard deviation
+
+Count = Annotated[int, "from 1 to 2147483647"]  # a plain int may be 0 or negative
 
 
 @jax.tree_util.register_dataclass
@@ -53,12 +55,12 @@ class Config:
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment with bounded continuous actions
     # remat: autodiff that recomputes the steps, which saves memory; manual: forward in time, for small networks
     gradient: Literal["autodiff", "remat", "manual"] = jax.tree.static(default="autodiff")
-    num_iterations: int = jax.tree.static(default=1_600)  # updates of the policy
-    iterations_per_epoch: int = jax.tree.static(default=160)  # updates of the policy between evaluations
-    num_rollouts: int = jax.tree.static(default=128)  # rollouts per update
-    horizon: int = jax.tree.static(default=50)  # steps of a rollout
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
-    hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    num_iterations: Count = jax.tree.static(default=1_600)  # updates of the policy
+    iterations_per_epoch: Count = jax.tree.static(default=160)  # updates of the policy between evaluations
+    num_rollouts: Count = jax.tree.static(default=128)  # rollouts per update
+    horizon: Count = jax.tree.static(default=50)  # steps of a rollout
+    num_eval_episodes: Count = jax.tree.static(default=128)  # greedy episodes per evaluation
+    hidden_sizes: tuple[Count, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     learning_rate: Annotated[float, "> 0"] = 2e-3  # Adam's step size
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
@@ -364,12 +366,12 @@ RULES = {
 def check(config):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
     for field in dataclasses.fields(config):
-        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
-        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+        (rule,) = getattr(kind, "__metadata__", ["finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
             if isinstance(x, str):
-                if field.type is not str and x not in choices:
-                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+                if get_origin(kind) is Literal and x not in get_args(kind):
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(get_args(kind))}")
             elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 

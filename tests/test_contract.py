@@ -354,13 +354,12 @@ def test_comes_close_to_the_best_linear_quadratic_cost(name):
 def test_every_number_out_of_its_range_is_named(name):
     """For each field whose range is stated: the value just outside."""
     module = ALGORITHMS[name]
-    outside = {"> 0": 0.0, ">= 0": -0.5, "in [0, 1]": 1.5, "in (0, 1]": 0.0}
+    outside = {"> 0": 0.0, ">= 0": -0.5, "in [0, 1]": 1.5, "in (0, 1]": 0.0, "from 1 to 2147483647": 0}
     wrong = {field.name: math.nan for field in dataclasses.fields(module.Config) if field.type is float}
-    wrong |= {field.name: 0 for field in dataclasses.fields(module.Config) if field.type is int}
     wrong["hidden_sizes"] = (8, 0)
     for field in dataclasses.fields(module.Config):
         for rule in getattr(field.type, "__metadata__", ()):
-            wrong[field.name] = outside[rule] if field.type.__origin__ is float else -1
+            wrong[field.name] = -1 if field.type.__origin__ is int and rule == ">= 0" else outside[rule]
     assert len(wrong) > 5
     with pytest.raises(ValueError, match=r"^activation=gelu: must be one of relu, silu, elu, tanh"):
         module.init(replace(CONFIGS[name], activation="gelu"), random.key(0))
