@@ -288,13 +288,14 @@ def first_state(config, key):
 def dynamics(config, state, action, key):
     """The environment's step from a state `[n]`, without a reset at its end: `(next_state [n], reward, terminated)`.
 
-    Without `with_transition_gradients` gymnax stops the gradient of a step.
+    A step that terminates leaves the state as it is: the last observation may be NaN, and 0 times NaN is NaN. Without
+    `with_transition_gradients` gymnax stops the gradient of a step.
     """
     env, env_params = gymnax.make(config.env)
     _, env_state = first_state(config, key)[1](state)  # only the shapes of the reset are used
     action = make_env(config.env).rescale(action)
     obs, env_state, reward, terminated, _ = env.with_transition_gradients().step_env(key, env_state, action, env_params)
-    return ravel_pytree((obs, env_state))[0], reward, terminated
+    return jnp.where(terminated, state, ravel_pytree((obs, env_state))[0]), reward, terminated
 
 
 @functools.cache

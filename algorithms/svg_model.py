@@ -397,6 +397,9 @@ def collect(config, state, policy):
     """One step of all environments with `policy`, stored: `State`."""
     key, key_rollout = random.split(state.key)
     env_state, obs, transitions = rollout(config, state.params, policy, state.env_state, state.obs, key_rollout[None])
+    # the model learns from next observations; where the last one is NaN, from the one before
+    unknown = transitions.terminated[..., None] & ~jnp.isfinite(transitions.next_obs)
+    transitions = transitions._replace(next_obs=jnp.where(unknown, transitions.obs, transitions.next_obs))
     buffer, step = store(state.buffer, state.step, transitions), state.step + transitions.reward.size
     return state._replace(buffer=buffer, env_state=env_state, obs=obs, step=step, key=key)
 

@@ -26,6 +26,7 @@ from amortax.common import (
     cli,
     devices,
     distributed,
+    divergence,
     envs,
     milp,
     plot,
@@ -104,6 +105,7 @@ class Training(NamedTuple):
     num_epochs: int
     programs: programs.Programs
     checkpoints: Path
+    algorithm: dict  # the functions of the algorithm's file by name
 
 
 def train(init, epoch, num_epochs, runs, points, checkpoints, options):
@@ -117,7 +119,7 @@ def train(init, epoch, num_epochs, runs, points, checkpoints, options):
         show("compiling")
         num_runs = len(runs) - position.first
         compiled = programs.compile_to_fit(runs[0].config, init, epoch, num_runs, devices.memory(), points)
-        training = Training(runs, num_epochs, compiled, checkpoints)
+        training = Training(runs, num_epochs, compiled, checkpoints, inspect.unwrap(init).__globals__)
         distributed.synchronize("compiled")
         while position.first < len(runs):
             position = position._replace(last=min(position.last, position.first + compiled.round_size))
@@ -136,20 +138,24 @@ def resume(runs, num_epochs, checkpoints):
     """Where to continue: with the round of the checkpoint, or else with the first run that is not complete."""
 
     def is_complete(run):
-        return (run.folder / "policy.npz").exists() and record.num_rows(run.folder) == num_epochs
+        return (run.folder / "policy.npz").exists() and has_rows(run, num_epochs)
+
+    def has_rows(run, epochs):
+        num = record.num_rows(run.folder)
+        return num >= epochs or record.has_diverged(record.read_rows(run.folder, num))
 
     saved = checkpoint.latest(checkpoints)
     if saved:
         of_round = runs[saved.first : saved.last]
         # a kill while a later round wrote its files may have left them behind this checkpoint
-        usable = list(itertools.takewhile(lambda run: record.num_rows(run.folder) >= saved.epochs, of_round))
+        usable = list(itertools.takewhile(lambda run: has_rows(run, saved.epochs), of_round))
         if not all(is_complete(run) for run in usable):
             return saved._replace(last=saved.first + len(usable))
     return Position(next((i for i, run in enumerate(runs) if not is_complete(run)), len(runs)), len(runs), 0)
 
 
 def train_round(training, position, interrupted, show, log):
-    """Train a round from `position` to its end or an interrupt, and save it: `(epochs, last row of its first run)`."""
+    """Train a round from `position` to its end or an interrupt, and save it: `(epochs, last row)`."""
     runs = training.runs[position.first : position.last]
     batch = programs.place(training.programs, [run.config for run in runs], [run.seed for run in runs])
     rows = {i: record.read_rows(runs[i].folder, position.epochs) for held in batch.run_indices for i in held}
@@ -158,19 +164,22 @@ def train_round(training, position, interrupted, show, log):
     (stop,) = distributed.any_process(interrupted.is_set())
     while reached.epochs < training.num_epochs and not stop:
         states, outs = programs.advance(training.programs, batch, states)
-        for i, (metrics, finite) in programs.by_run(batch, outs).items():
-            rows[i].append(record.metrics_row(metrics, finite))
         reached = reached._replace(epochs=reached.epochs + 1)
+        add_rows(training, reached, batch, states, outs, rows, log)
         show(*epoch_line(training, position, reached, rows, time.monotonic() - began))
         due = time.monotonic() - last_save >= save_seconds / CHECKPOINT_SHARE
-        stop, due = distributed.any_process(interrupted.is_set(), due)  # all processes save together
-        if due and not stop and reached.epochs < training.num_epochs:
+        left = not all(record.has_diverged(x) for x in rows.values())
+        stop, due, left = distributed.any_process(interrupted.is_set(), due, left)  # all processes save together
+        if not left:
+            reached = reached._replace(epochs=training.num_epochs)
+        elif due and not stop and reached.epochs < training.num_epochs:
             last_save = time.monotonic()
             save(training, reached, batch, states, rows, log)
             save_seconds = time.monotonic() - last_save
     if reached != position:
         save(training, reached, batch, states, rows, log)
-    return reached.epochs, rows[0][-1] if rows.get(0) else None
+    longest = max(rows.values(), key=len, default=[])
+    return reached.epochs, longest[-1] if longest else None
 
 
 def begin(training, position, batch):
@@ -185,13 +194,41 @@ def save(training, reached, batch, states, rows, log):
     """Write and track the metrics, write the policies, and, unless the round is at its end, a checkpoint."""
     params = programs.by_run(batch, jax.device_get([state.params for state in states]))
     for i, run_rows in rows.items():
-        folder = training.runs[reached.first + i].folder
-        record.write_rows(folder / "metrics.csv", run_rows)
-        log(folder, run_rows)
-        policy.save(folder, params[i])
+        if len(run_rows) == reached.epochs:  # those of a diverged run have been written
+            write(training.runs[reached.first + i].folder, run_rows, params[i], log)
     if reached.epochs < training.num_epochs:
         with distributed.collective():
             checkpoint.save(training.checkpoints, reached, programs.to_arrays(training.programs, states))
+
+
+def write(folder, rows, params, log):
+    """Write and track the metrics of a run, and write its policy."""
+    record.write_rows(folder / "metrics.csv", rows)
+    log(folder, rows)
+    policy.save(folder, params)
+
+
+def add_rows(training, reached, batch, states, outs, rows, log):
+    """Append the metrics of an epoch to each run's rows, and end a run that is not finite.
+
+    Its files stay as they are now, while its device computes on; the line names what was not finite first.
+    """
+    for i, (metrics, finite) in programs.by_run(batch, outs).items():
+        if record.has_diverged(rows[i]):
+            continue
+        rows[i].append(record.metrics_row(metrics, finite))
+        if not finite:
+            run, state = training.runs[reached.first + i], programs.by_run(batch, states)[i]
+            quantity = divergence.first_quantity(training.algorithm, run.config, state, metrics)
+            after = f"after {record.amount(rows[i][-1])}"
+            print(f"{name_of(run, training.runs)} diverged: {quantity} not finite {after}", file=sys.stderr)
+            divergence.announced.add(run.folder)
+            write(run.folder, rows[i], jax.device_get(state.params), log)
+
+
+def name_of(run, runs):
+    """A run as "seed 3", with its group where there are several."""
+    return f"seed {run.seed}" + (f" of {run.group.name}" if len({other.group for other in runs}) > 1 else "")
 
 
 def epoch_line(training, position, reached, rows, seconds):
@@ -200,12 +237,11 @@ def epoch_line(training, position, reached, rows, seconds):
     before, after = math.ceil(reached.first / size), math.ceil((len(training.runs) - reached.last) / size)
     rounds = before + 1 + after
     done, total = before * num_epochs + reached.epochs, rounds * num_epochs
-    if not rows:  # this process holds copies only, and prints nothing
-        return "", done, total
     round_text = f"round {before + 1:,} of {rounds:,}, " if rounds > 1 else ""
     num_runs, new_epochs = reached.last - reached.first, reached.epochs - position.epochs
-    line = progress.line(rows, num_runs, new_epochs, seconds, total - done)
-    return f"{round_text}epoch {reached.epochs:,} of {num_epochs:,}  {line}", done, total
+    rows = {i: run_rows for i, run_rows in rows.items() if len(run_rows) == reached.epochs}  # without diverged ones
+    line = progress.line(rows, num_runs, new_epochs, seconds, total - done) if rows else ""
+    return f"{round_text}epoch {reached.epochs:,} of {num_epochs:,}  {line}".rstrip(), done, total
 
 
 def catch_interrupts():
@@ -232,7 +268,8 @@ def report(runs, out_folder, grid, options):
     if not options.no_plot:
         for group in dict.fromkeys(run.group for run in runs):
             plot.draw(group)
-    after = f"greedy return after {record.amount({name: x[-1] for name, x in columns[0].items()})}"
+    longest = max(columns, key=lambda c: len(c["finite"]))  # a diverged run has fewer rows
+    after = f"greedy return after {record.amount({name: x[-1] for name, x in longest.items()})}"
     if grid:
         table = sweep.table(grid, final.reshape(-1, options.num_seeds), finite.reshape(-1, options.num_seeds))
         sweep.write(out_folder, grid, table, with_plot=not options.no_plot)
@@ -243,9 +280,9 @@ def report(runs, out_folder, grid, options):
         deviation = columns[finite.argmax()]["eval_return_std"][-1]
         print(f"{after}: {final[finite][0]:.1f} (mean over episodes, standard deviation {deviation:.1f})")
     for run, c in zip(runs, columns, strict=True):
-        if not c["finite"][-1]:
-            at = record.amount({name: x[c["finite"] == 0][0] for name, x in c.items()})
-            where = f" of {run.group.name}" if grid else ""
-            print(f"seed {run.seed}{where} diverged: parameters are not finite after {at}", file=sys.stderr)
+        if not c["finite"][-1] and run.folder not in divergence.announced:
+            at = record.amount({name: x[-1] for name, x in c.items()})
+            print(f"{name_of(run, runs)} diverged after {at}", file=sys.stderr)
+    divergence.announced.clear()
     print(f"results: {out_folder}")
     return 0 if finite.all() else 1

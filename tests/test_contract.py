@@ -320,6 +320,21 @@ def test_values_stop_at_a_termination_and_not_at_a_time_limit(name, env):
         np.testing.assert_allclose(values, (1 - 0.9 ** (10 - np.arange(10))) / (1 - 0.9), rtol=0.05)
 
 
+@every_file
+def test_last_observation_of_a_terminated_episode_may_be_nan(name):
+    """No target, loss or parameter depends on it, in episodes of three steps."""
+    module, config = ALGORITHMS[name], replace(CONFIGS[name], env="LastObsNaN-test")
+    env_state, _ = module.make_env(config.env).reset(random.key(0))
+    _, _, _, next_obs, terminated, _ = module.make_env(config.env).step(
+        env_state.replace(time=2), jnp.zeros(1), random.key(0)
+    )
+    assert terminated
+    assert np.isnan(next_obs).all()
+    state, metrics = jax.jit(module.train)(config, random.key(0))
+    for x in leaves((metrics, state.params, state.opt_state if hasattr(state, "opt_state") else ())):
+        assert np.isfinite(x).all()
+
+
 @every_actor_critic
 def test_comes_close_to_the_best_linear_quadratic_cost(name):
     """After 6,000 steps within a tenth of the best cost; with a wrong sign in a loss it is several times that."""
