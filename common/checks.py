@@ -1,11 +1,10 @@
 """Checks before a command writes anything; each mistake ends it with one line."""
 
 import math
-import os
 
 import jax
 
-from amortax.common import cli, distributed, envs, record, sweep
+from amortax.common import cli, devices, distributed, envs, record, sweep
 
 
 def check_config(config, function):
@@ -19,11 +18,10 @@ def check_config(config, function):
         about_env = str(error).startswith("env=")
         cli.fail_field(config, error, f"; some that fit: {', '.join(envs.CONTINUOUS_ENVS)}" if about_env else "")
     needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(result))
-    if "SC_PHYS_PAGES" in os.sysconf_names and jax.default_backend() == "cpu":
-        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > present:
-            flag = f"--buffer-size {config.buffer_size}: " if hasattr(config, "buffer_size") else ""
-            cli.fail(f"{flag}a run needs {needed / 2**30:.1f} GiB; this machine has {present / 2**30:.1f} GiB")
+    present = devices.total_memory()
+    if jax.default_backend() == "cpu" and needed > present:
+        flag = f"--buffer-size {config.buffer_size}: " if hasattr(config, "buffer_size") else ""
+        cli.fail(f"{flag}a run needs {needed / 2**30:.1f} GiB; this machine has {present / 2**30:.1f} GiB")
 
 
 def check_folders(out_folder, script, runs, grid, options, base_points=None):

@@ -1,12 +1,15 @@
 """Divergence: whether a run is finite, and which of its quantities was the first that is not."""
 
 import contextlib
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-announced = set()  # folders of diverged runs that this process has reported
+from amortax.common import record
+
+announced = set()  # folders of the runs whose divergence this process has printed
 
 
 def losses(metrics):
@@ -66,3 +69,10 @@ def of_environment(reward, next_obs, terminated, given):
     if (given & ~rows_finite(len(given), next_obs) & (np.asarray(terminated) == 0)).any():
         return "observation is"
     return None
+
+
+def announce(run, runs, reason, row):
+    """Print that a run, one of `runs`, has diverged; `row` is its last one."""
+    where = f" of {run.group.name}" if len({other.group for other in runs}) > 1 else ""
+    print(f"seed {run.seed}{where} diverged{reason} after {record.amount(row)}", file=sys.stderr)
+    announced.add(run.folder)

@@ -220,15 +220,8 @@ def add_rows(training, reached, batch, states, outs, rows, log):
         if not finite:
             run, state = training.runs[reached.first + i], programs.by_run(batch, states)[i]
             quantity = divergence.first_quantity(training.algorithm, run.config, state, metrics)
-            after = f"after {record.amount(rows[i][-1])}"
-            print(f"{name_of(run, training.runs)} diverged: {quantity} not finite {after}", file=sys.stderr)
-            divergence.announced.add(run.folder)
+            divergence.announce(run, training.runs, f": {quantity} not finite", rows[i][-1])
             write(run.folder, rows[i], jax.device_get(state.params), log)
-
-
-def name_of(run, runs):
-    """A run as "seed 3", with its group where there are several."""
-    return f"seed {run.seed}" + (f" of {run.group.name}" if len({other.group for other in runs}) > 1 else "")
 
 
 def epoch_line(training, position, reached, rows, seconds):
@@ -280,9 +273,8 @@ def report(runs, out_folder, grid, options):
         deviation = columns[finite.argmax()]["eval_return_std"][-1]
         print(f"{after}: {final[finite][0]:.1f} (mean over episodes, standard deviation {deviation:.1f})")
     for run, c in zip(runs, columns, strict=True):
-        if not c["finite"][-1] and run.folder not in divergence.announced:
-            at = record.amount({name: x[-1] for name, x in c.items()})
-            print(f"{name_of(run, runs)} diverged after {at}", file=sys.stderr)
+        if not c["finite"][-1] and run.folder not in divergence.announced:  # by an earlier command, then
+            divergence.announce(run, runs, "", {name: x[-1] for name, x in c.items()})
     divergence.announced.clear()
     print(f"results: {out_folder}")
     return 0 if finite.all() else 1
