@@ -386,8 +386,11 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
         kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
         (rule,) = getattr(kind, "__metadata__", ["finite"])
@@ -410,6 +413,9 @@ def init(config, key, base_points=None):
     `base_points` is a `Transition` with leading axis [n] and actions in [-1, 1]; None collects a first round at random.
     """
     check(config)
+    num_points = config.rounds * steps_per_round(config) * config.num_envs
+    iterations = num_epochs(config) * config.iterations_per_epoch
+    check(config, num_base_points=num_points, num_iterations=iterations)
     key, key_eval, key_actor, key_critic, key_base_points = random.split(key, 5)
     if base_points is None:
         base_points = collect(config, None, random_policy, steps_per_round(config), key_base_points)

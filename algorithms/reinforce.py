@@ -349,8 +349,11 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
         kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
         (rule,) = getattr(kind, "__metadata__", ["finite"])
@@ -375,6 +378,8 @@ def num_epochs(config):
 def init(config, key):
     """Networks and environments; ValueError where `config` does not fit."""
     check(config)
+    iterations = num_epochs(config) * num_iterations(config, config.steps_per_epoch)
+    check(config, total_steps=iterations * config.num_envs * config.num_steps)
     env = make_env(config.env)
     key, key_eval, key_actor, key_critic, key_env = random.split(key, 5)
     env_state, obs = jax.vmap(env.reset)(random.split(key_env, config.num_envs))

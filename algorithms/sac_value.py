@@ -415,8 +415,11 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
         kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
         (rule,) = getattr(kind, "__metadata__", ["finite"])
@@ -442,9 +445,13 @@ def num_epochs(config):
 def init(config, key):
     """Networks, targets, and a buffer filled by the warm-up; ValueError where `config` does not fit."""
     check(config)
-    updates = config.utd_ratio * config.num_envs * config.num_steps
+    per_iteration, length = config.num_envs * config.num_steps, num_iterations(config, config.learning_starts)
+    updates, per_epoch = config.utd_ratio * per_iteration, num_iterations(config, config.steps_per_epoch)
     if not math.isclose(updates, max(1, round(updates))):
         raise ValueError(f"utd_ratio={config.utd_ratio}: must make whole updates per iteration, not {updates}")
+    capacity = num_iterations(config, config.buffer_size) * per_iteration
+    steps = (length + num_epochs(config) * per_epoch) * per_iteration
+    check(config, total_steps=steps, buffer_size=capacity, utd_ratio=round(updates) * per_epoch)
     env = make_env(config.env)
     key, key_eval, key_actor, key_critic, key_value, key_env = random.split(key, 6)
     env_state, obs = jax.vmap(env.reset)(random.split(key_env, config.num_envs))
@@ -455,10 +462,8 @@ def init(config, key):
     target_value = jax.tree.map(jnp.copy, value_params)  # a copy, since the state may be donated
     params = Params(actor_params, critic_params, value_params, target_value)
     opt_state = OptState(*(optimizer(config).init(x) for x in (actor_params, critic_params, value_params)))
-    capacity = num_iterations(config, config.buffer_size) * config.num_envs * config.num_steps
     buffer = jnp.zeros((capacity, ravel_pytree(example(config))[0].size))
     state = State(params, opt_state, buffer, env_state, obs, jnp.int32(0), key, key_eval)
-    length = num_iterations(config, config.learning_starts)
     return lax.scan(lambda state, _: (collect(config, state, warm_up), None), state, length=length)[0]
 
 

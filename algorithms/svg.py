@@ -364,8 +364,11 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
         kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
         (rule,) = getattr(kind, "__metadata__", ["finite"])
@@ -389,8 +392,7 @@ def init(config, key):
     if not gymnax.make(config.env)[0].supports_transition_gradients:
         raise ValueError(f"env={config.env}: must have transition gradients")
     steps = num_epochs(config) * config.iterations_per_epoch * config.num_rollouts * config.horizon
-    if steps >= 2**31:
-        raise ValueError(f"num_iterations={config.num_iterations}: must be less: {steps} steps are too many to count")
+    check(config, num_iterations=steps)
     if reward_gradient(config.env) == 0:
         warnings.warn(f"the reward of {config.env} has no gradient by the state for svg to follow", stacklevel=1)
     key, key_eval, key_actor = random.split(key, 3)

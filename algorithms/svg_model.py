@@ -465,8 +465,11 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
         kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
         (rule,) = getattr(kind, "__metadata__", ["finite"])
@@ -492,8 +495,7 @@ def init(config, key):
     env = make_env(config.env)
     length = math.ceil(config.learning_starts / config.num_envs)
     steps = (length + num_epochs(config) * config.iterations_per_epoch) * config.num_envs
-    if steps >= 2**31:
-        raise ValueError(f"num_iterations={config.num_iterations}: must be less: {steps} steps are too many to count")
+    check(config, num_iterations=steps, buffer_size=math.ceil(config.buffer_size / config.num_envs) * config.num_envs)
     key, key_eval, key_actor, key_model, key_env = random.split(key, 5)
     env_state, obs = jax.vmap(env.reset)(random.split(key_env, config.num_envs))
     *layers, (w, b) = mlp_init(key_actor, (env.obs_dim, *config.hidden_sizes, 2 * env.action_dim))

@@ -46,6 +46,8 @@ MISTAKES = [
     (td3, "--env math:sqrt", ["--env math:sqrt", "cannot be made"]),
     (td3, "--total-steps 0", ["--total-steps 0: must be from 1 to 2147483647\n"]),
     (td3, "--total-steps 3000000000", ["--total-steps 3000000000: must be from 1 to 2147483647\n"]),
+    (td3, "--total-steps 2147483647", ["--total-steps 2147483647: must be less: 2147484000 are too many to count\n"]),
+    (td3, "--buffer-size 2147483647", ["--buffer-size 2147483647: must be less: 2147483648 are too many to count\n"]),
     (td3, "--total-steps 1e4", ["--total-steps", "1e4"]),
     (td3, "--hidden-sizes 64 0", ["--hidden-sizes 0: must be from 1"]),
     (td3, "--gamma 1.5", ["--gamma 1.5: must be in [0, 1]\n"]),

@@ -385,6 +385,38 @@ def test_every_number_out_of_its_range_is_named(name):
             module.init(config, random.key(0))
 
 
+MANY = 2**31 - 1
+COUNTED = [  # what a field amounts to after rounding up, or times others, is what counts
+    *(
+        (name, fields)
+        for name in ACTOR_CRITIC
+        for fields in (
+            {"total_steps": MANY},
+            {"total_steps": MANY - 1, "learning_starts": MANY, "num_envs": 7},
+            {"buffer_size": MANY},
+            {"utd_ratio": 1e9},
+        )
+    ),
+    ("reinforce", {"total_steps": MANY}),
+    *((name, {"num_base_points": MANY, "num_envs": 7}) for name in ("fqi", "fqi_amortized", "nfqca", "soft_fqi")),
+    *((name, {"num_iterations": MANY, "rounds": 1}) for name in ("fqi", "fqi_amortized", "nfqca")),
+    ("soft_fqi", {"num_iterations": MANY}),
+    *((name, {"num_iterations": 10**5, "iterations_per_epoch": MANY}) for name in ("svg", "svg_model")),
+    ("svg", {"num_iterations": 10**4, "num_rollouts": 10**3, "horizon": 10**3}),
+    ("svg_model", {"num_iterations": 10**5, "num_envs": 10**5}),
+    ("svg_model", {"buffer_size": MANY}),
+]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("name", "fields"), COUNTED)
+def test_counts_beyond_their_counter_are_named(name, fields):
+    """Counters are int32: whatever would exceed one is refused before anything is computed."""
+    field = next(iter(fields))
+    with pytest.raises(ValueError, match=rf"^{field}={fields[field]}: must be less: \d+ are too many to count"):
+        ALGORITHMS[name].init(replace(CONFIGS[name], **fields), random.key(0))
+
+
 @pytest.mark.quick
 @every_file
 def test_an_environment_that_does_not_fit_is_named(name):
