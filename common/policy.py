@@ -41,7 +41,12 @@ def load(folder):
     arrays = read_arrays(folder / "policy.npz")
     names, leaves = array_names(shapes), jax.tree.leaves(shapes)
     check_arrays(folder / "policy.npz", description["algorithm"], arrays, dict(zip(names, leaves, strict=True)))
-    return module, config, jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in names])
+    other = {f"{arrays[name].dtype}, here {leaf.dtype}" for name, leaf in zip(names, leaves, strict=True)}
+    other -= {f"{leaf.dtype}, here {leaf.dtype}" for leaf in leaves}
+    if other:  # JAX_ENABLE_X64 was another
+        print(f"note: {folder / 'policy.npz'} was trained in {'; '.join(sorted(other))}", file=sys.stderr)
+    arrays = [arrays[name].astype(leaf.dtype) for name, leaf in zip(names, leaves, strict=True)]
+    return module, config, jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
 def read_arrays(path):
@@ -56,11 +61,11 @@ def read_arrays(path):
 
 
 def check_arrays(path, algorithm, arrays, shapes):
-    """Fail unless `arrays` have the names, shapes and types of `shapes` and are finite."""
+    """Fail unless `arrays` have the names, shapes and kinds of numbers of `shapes` and are finite."""
     if sorted(arrays) != sorted(shapes):
         fail(f"{path}: not a policy of {algorithm}: it must hold the arrays {', '.join(shapes)}")
     for name, leaf in shapes.items():
-        if arrays[name].shape != leaf.shape or arrays[name].dtype != leaf.dtype:
+        if arrays[name].shape != leaf.shape or arrays[name].dtype.kind != leaf.dtype.kind:
             found = f"{arrays[name].dtype}{list(arrays[name].shape)}"
             fail(f"{path}: {name} is {found}, config.json asks for {leaf.dtype}{list(leaf.shape)}")
         if not np.isfinite(arrays[name]).all():
