@@ -41,7 +41,7 @@ def draw(name, env_states, obs, rewards):
         return draw_as_gymnasium(name, env_states)
     if hasattr(env, "render"):
         return [draw_itself(env, env_params, env_state) for env_state in env_states]
-    if obs.ndim in (3, 4) and min(obs.shape[1:3]) > 1:
+    if obs.ndim in (3, 4) and min(obs.shape[1:3]) > 3:  # a smaller one is no picture
         return draw_grids(obs)
     return draw_observations(name, obs, rewards)
 
