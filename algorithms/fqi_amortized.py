@@ -33,7 +33,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import gymnax
 import jax
@@ -45,6 +45,8 @@ from jax import lax, random
 CHUNK = 1024  # states whose maximizers are computed at once, which bounds the memory
 MAX_GRID = 100_000  # points of a grid over actions
 
+Count = Annotated[int, "from 1 to 2147483647"]  # a plain int may be 0 or negative
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -55,22 +57,22 @@ class Config:
     """
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment, bounded continuous or Discrete actions
-    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect, in all rounds
-    rounds: int = jax.tree.static(default=1)  # collections of base points: the first random, the others by the policy
-    num_trials: int = jax.tree.static(default=32)  # episodes after each epoch that choose the best policy of all rounds
-    num_iterations: int = jax.tree.static(default=50)  # fits of the critic, at most
-    iterations_per_epoch: int = jax.tree.static(default=10)  # fits between evaluations
-    num_envs: int = jax.tree.static(default=100)  # environments stepped in parallel
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
-    hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    num_base_points: Count = jax.tree.static(default=20_000)  # transitions to collect, in all rounds
+    rounds: Count = jax.tree.static(default=1)  # collections of base points: the first random, the others by the policy
+    num_trials: Count = jax.tree.static(default=32)  # episodes after an epoch that choose the best policy of all rounds
+    num_iterations: Count = jax.tree.static(default=50)  # fits of the critic, at most
+    iterations_per_epoch: Count = jax.tree.static(default=10)  # fits between evaluations
+    num_envs: Count = jax.tree.static(default=100)  # environments stepped in parallel
+    num_eval_episodes: Count = jax.tree.static(default=128)  # greedy episodes per evaluation
+    hidden_sizes: tuple[Count, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
-    fit_steps: int = jax.tree.static(default=1_000)  # Adam steps per fit
-    batch_size: int = jax.tree.static(default=256)  # base points per Adam step, or all where there are no more
+    fit_steps: Count = jax.tree.static(default=1_000)  # Adam steps per fit
+    batch_size: Count = jax.tree.static(default=256)  # base points per Adam step, or all where there are no more
     from_scratch: bool = jax.tree.static(default=False)  # start each fit from new random weights
     # gradient, lbfgs, cem, grid or milp for a Box, exhaustive for Discrete actions, or your own solver module:function
     maximizer: str = jax.tree.static(default="gradient")
-    num_candidates: int = jax.tree.static(default=4)  # starting points, samples of cem, or grid points per dimension
-    maximizer_steps: int = jax.tree.static(default=10)  # iterations of gradient, lbfgs and cem
+    num_candidates: Count = jax.tree.static(default=4)  # starting points, samples of cem, or grid points per dimension
+    maximizer_steps: Count = jax.tree.static(default=10)  # iterations of gradient, lbfgs and cem
     exact_fraction: Annotated[float, "in (0, 1]"] = jax.tree.static(default=0.1)  # part of the base points to solve at
     window: Annotated[int, ">= 0"] = jax.tree.static(default=4)  # earlier iterations whose solutions are kept
     exploration_range: Annotated[float, "in (0, 1]"] = 1.0  # random actions of base points lie in [-range, range]
@@ -530,15 +532,18 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
-        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
-        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+        (rule,) = getattr(kind, "__metadata__", ["finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
             if isinstance(x, str):
-                if field.type is not str and x not in choices:
-                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+                if get_origin(kind) is Literal and x not in get_args(kind):
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(get_args(kind))}")
             elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
@@ -576,6 +581,9 @@ def init(config, key, base_points=None):
     `base_points` is a `Transition` with leading axis [n] and actions in [-1, 1]; None collects a first round at random.
     """
     check(config)
+    num_points = config.rounds * steps_per_round(config) * config.num_envs
+    iterations = num_epochs(config) * config.iterations_per_epoch
+    check(config, num_base_points=num_points, num_iterations=iterations)
     check_choices(config)
     key, key_eval, key_actor, key_critic, key_base_points = random.split(key, 5)
     if base_points is None:

@@ -21,7 +21,7 @@ derivative; Gumbel-softmax is a relaxation, with less bias and more variance at 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import gammaln, log_ndtr, ndtri
 from jax.scipy.stats import norm
 
+Count = Annotated[int, "from 1 to 2147483647"]  # a plain int may be 0 or negative
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Config:
     """Hyperparameters. Static fields set shapes and loop lengths; theta can be traced and vmapped."""
 
     theta: float = 1.0  # mean of the Gaussian x ~ N(theta, 1), and second argument of f
-    batch_size: int = jax.tree.static(default=1_000)  # samples per estimate
-    num_trials: int = jax.tree.static(default=1_000)  # independent estimates
+    batch_size: Count = jax.tree.static(default=1_000)  # samples per estimate
+    num_trials: Count = jax.tree.static(default=1_000)  # independent estimates
     # f(x, theta): x^2 theta, x^2, e^x, sin x, or 1 where x > 0 and 0 elsewhere
     function: Literal["product", "square", "exp", "sin", "step"] = jax.tree.static(default="product")
 
@@ -246,8 +248,7 @@ RULES = {
 def check(config):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
     for field in dataclasses.fields(config):
-        count = field.type in (int, tuple[int, ...])
-        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        (rule,) = getattr(field.type, "__metadata__", ["finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
             if not isinstance(x, str | jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")

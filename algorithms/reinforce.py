@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import distrax
 import gymnax
@@ -35,6 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax, random
+
+Count = Annotated[int, "from 1 to 2147483647"]  # a plain int may be 0 or negative
 
 
 @jax.tree_util.register_dataclass
@@ -46,14 +48,14 @@ class Config:
     """
 
     env: str = jax.tree.static(default="CartPole-v1")  # gymnax environment, bounded continuous or Discrete actions
-    total_steps: int = jax.tree.static(default=512_000)  # environment steps
-    steps_per_epoch: int = jax.tree.static(default=51_200)  # environment steps between evaluations
-    num_envs: int = jax.tree.static(default=32)  # environments stepped in parallel
-    num_steps: int = jax.tree.static(default=32)  # steps of each environment per iteration
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
-    critic_steps: int = jax.tree.static(default=8)  # updates of the baseline per update of the policy
-    batch_size: int = jax.tree.static(default=256)  # transitions per update of the baseline
-    hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    total_steps: Count = jax.tree.static(default=512_000)  # environment steps
+    steps_per_epoch: Count = jax.tree.static(default=51_200)  # environment steps between evaluations
+    num_envs: Count = jax.tree.static(default=32)  # environments stepped in parallel
+    num_steps: Count = jax.tree.static(default=32)  # steps of each environment per iteration
+    num_eval_episodes: Count = jax.tree.static(default=128)  # greedy episodes per evaluation
+    critic_steps: Count = jax.tree.static(default=8)  # updates of the baseline per update of the policy
+    batch_size: Count = jax.tree.static(default=256)  # transitions per update of the baseline
+    hidden_sizes: tuple[Count, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     actor_learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for the policy
     critic_learning_rate: Annotated[float, "> 0"] = 3e-3  # Adam's step size for the baseline
@@ -351,15 +353,18 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
-        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
-        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+        (rule,) = getattr(kind, "__metadata__", ["finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
             if isinstance(x, str):
-                if field.type is not str and x not in choices:
-                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+                if get_origin(kind) is Literal and x not in get_args(kind):
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(get_args(kind))}")
             elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
@@ -377,6 +382,8 @@ def num_epochs(config):
 def init(config, key):
     """Networks and environments; ValueError where `config` does not fit."""
     check(config)
+    iterations = num_epochs(config) * num_iterations(config, config.steps_per_epoch)
+    check(config, total_steps=iterations * config.num_envs * config.num_steps)
     env = make_env(config.env)
     key, key_eval, key_actor, key_critic, key_env = random.split(key, 5)
     env_state, obs = jax.vmap(env.reset)(random.split(key_env, config.num_envs))

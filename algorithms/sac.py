@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import distrax
 import gymnax
@@ -43,6 +43,8 @@ from jax.flatten_util import ravel_pytree
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # bounds of the policy's log standard deviation
 
+Count = Annotated[int, "from 1 to 2147483647"]  # a plain int may be 0 or negative
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +55,16 @@ class Config:
     """
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment with bounded continuous actions
-    total_steps: int = jax.tree.static(default=10_000)  # environment steps, warm-up included
-    learning_starts: int = jax.tree.static(default=1_000)  # environment steps of uniformly random warm-up
-    steps_per_epoch: int = jax.tree.static(default=1_000)  # environment steps between evaluations
-    num_envs: int = jax.tree.static(default=8)  # environments stepped in parallel
-    num_steps: int = jax.tree.static(default=1)  # steps of each environment per iteration
+    total_steps: Count = jax.tree.static(default=10_000)  # environment steps, warm-up included
+    learning_starts: Count = jax.tree.static(default=1_000)  # environment steps of uniformly random warm-up
+    steps_per_epoch: Count = jax.tree.static(default=1_000)  # environment steps between evaluations
+    num_envs: Count = jax.tree.static(default=8)  # environments stepped in parallel
+    num_steps: Count = jax.tree.static(default=1)  # steps of each environment per iteration
     utd_ratio: Annotated[float, "> 0"] = jax.tree.static(default=1.0)  # updates per environment step
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
-    buffer_size: int = jax.tree.static(default=100_000)  # transitions in the replay buffer
-    batch_size: int = jax.tree.static(default=256)  # transitions per update
-    hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    num_eval_episodes: Count = jax.tree.static(default=128)  # greedy episodes per evaluation
+    buffer_size: Count = jax.tree.static(default=100_000)  # transitions in the replay buffer
+    batch_size: Count = jax.tree.static(default=256)  # transitions per update
+    hidden_sizes: tuple[Count, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for everything learned
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
@@ -408,15 +410,18 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
-        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
-        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+        (rule,) = getattr(kind, "__metadata__", ["finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
             if isinstance(x, str):
-                if field.type is not str and x not in choices:
-                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+                if get_origin(kind) is Literal and x not in get_args(kind):
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(get_args(kind))}")
             elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
@@ -435,9 +440,13 @@ def num_epochs(config):
 def init(config, key):
     """Networks, targets, and a buffer filled by the warm-up; ValueError where `config` does not fit."""
     check(config)
-    updates = config.utd_ratio * config.num_envs * config.num_steps
+    per_iteration, length = config.num_envs * config.num_steps, num_iterations(config, config.learning_starts)
+    updates, per_epoch = config.utd_ratio * per_iteration, num_iterations(config, config.steps_per_epoch)
     if not math.isclose(updates, max(1, round(updates))):
         raise ValueError(f"utd_ratio={config.utd_ratio}: must make whole updates per iteration, not {updates}")
+    capacity = num_iterations(config, config.buffer_size) * per_iteration
+    steps = (length + num_epochs(config) * per_epoch) * per_iteration
+    check(config, total_steps=steps, buffer_size=capacity, utd_ratio=round(updates) * per_epoch)
     env = make_env(config.env)
     key, key_eval, key_actor, key_critic, key_env = random.split(key, 5)
     env_state, obs = jax.vmap(env.reset)(random.split(key_env, config.num_envs))
@@ -448,10 +457,8 @@ def init(config, key):
     log_alpha = jnp.log(jnp.asarray(config.initial_alpha, float))
     params = Params(actor_params, critic_params, target_critic, log_alpha)
     opt_state = OptState(*(optimizer(config).init(x) for x in (actor_params, critic_params, log_alpha)))
-    capacity = num_iterations(config, config.buffer_size) * config.num_envs * config.num_steps
     buffer = jnp.zeros((capacity, ravel_pytree(example(config))[0].size))
     state = State(params, opt_state, buffer, env_state, obs, jnp.int32(0), key, key_eval)
-    length = num_iterations(config, config.learning_starts)
     return lax.scan(lambda state, _: (collect(config, state, warm_up), None), state, length=length)[0]
 
 

@@ -31,7 +31,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import distrax
 import gymnax
@@ -45,6 +45,8 @@ LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # bounds of the policy's log standard dev
 CHUNK = 1024  # states whose values are computed at once, which bounds the memory
 MAX_NODES = 100_000  # of a quadrature over actions
 
+Count = Annotated[int, "from 1 to 2147483647"]  # a plain int may be 0 or negative
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +57,20 @@ class Config:
     """
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment, bounded continuous or Discrete actions
-    num_base_points: int = jax.tree.static(default=20_000)  # transitions to collect
-    num_iterations: int = jax.tree.static(default=50)  # fits of the critic, at most
-    iterations_per_epoch: int = jax.tree.static(default=10)  # fits between evaluations
-    num_envs: int = jax.tree.static(default=100)  # environments stepped in parallel
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
+    num_base_points: Count = jax.tree.static(default=20_000)  # transitions to collect
+    num_iterations: Count = jax.tree.static(default=50)  # fits of the critic, at most
+    iterations_per_epoch: Count = jax.tree.static(default=10)  # fits between evaluations
+    num_envs: Count = jax.tree.static(default=100)  # environments stepped in parallel
+    num_eval_episodes: Count = jax.tree.static(default=128)  # greedy episodes per evaluation
     approximator: Literal["mlp", "quadratic"] = jax.tree.static(default="mlp")  # network, or quadratic in (s, a)
-    hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    hidden_sizes: tuple[Count, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
-    fit_steps: int = jax.tree.static(default=1_000)  # Adam steps per fit
-    batch_size: int = jax.tree.static(default=256)  # base points per Adam step, or all where there are no more
+    fit_steps: Count = jax.tree.static(default=1_000)  # Adam steps per fit
+    batch_size: Count = jax.tree.static(default=256)  # base points per Adam step, or all where there are no more
     from_scratch: bool = jax.tree.static(default=False)  # start each fit from new random weights
     integral: Literal["quadrature", "importance", "dual"] = jax.tree.static(default="quadrature")  # see above
-    num_nodes: int = jax.tree.static(default=32)  # of the quadrature, per dimension of the action
-    num_samples: int = jax.tree.static(default=32)  # actions of the policy per value, unless by quadrature
+    num_nodes: Count = jax.tree.static(default=32)  # of the quadrature, per dimension of the action
+    num_samples: Count = jax.tree.static(default=32)  # actions of the policy per value, unless by quadrature
     exploration_range: Annotated[float, "in (0, 1]"] = 1.0  # random actions of base points lie in [-range, range]
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size
     gamma: Annotated[float, "in [0, 1]"] = 0.97  # discount per environment step
@@ -491,15 +493,18 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
-        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
-        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+        (rule,) = getattr(kind, "__metadata__", ["finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
             if isinstance(x, str):
-                if field.type is not str and x not in choices:
-                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+                if get_origin(kind) is Literal and x not in get_args(kind):
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(get_args(kind))}")
             elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
@@ -525,6 +530,9 @@ def init(config, key, base_points=None):
     `base_points` is a `Transition` with leading axis [n] and actions in [-1, 1]; None collects them at random.
     """
     check(config)
+    num_points = math.ceil(config.num_base_points / config.num_envs) * config.num_envs
+    iterations = num_epochs(config) * config.iterations_per_epoch
+    check(config, num_base_points=num_points, num_iterations=iterations)
     check_choices(config)
     key, key_eval, key_actor, key_critic, key_base_points = random.split(key, 5)
     if base_points is None:

@@ -29,7 +29,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import gymnax
 import jax
@@ -40,6 +40,8 @@ from jax import lax, random
 from jax.flatten_util import ravel_pytree
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # bounds of the policy's log standard deviation
+
+Count = Annotated[int, "from 1 to 2147483647"]  # a plain int may be 0 or negative
 
 
 @jax.tree_util.register_dataclass
@@ -53,12 +55,12 @@ class Config:
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment with bounded continuous actions
     # remat: autodiff that recomputes the steps, which saves memory; manual: forward in time, for small networks
     gradient: Literal["autodiff", "remat", "manual"] = jax.tree.static(default="autodiff")
-    num_iterations: int = jax.tree.static(default=1_600)  # updates of the policy
-    iterations_per_epoch: int = jax.tree.static(default=160)  # updates of the policy between evaluations
-    num_rollouts: int = jax.tree.static(default=128)  # rollouts per update
-    horizon: int = jax.tree.static(default=50)  # steps of a rollout
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
-    hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    num_iterations: Count = jax.tree.static(default=1_600)  # updates of the policy
+    iterations_per_epoch: Count = jax.tree.static(default=160)  # updates of the policy between evaluations
+    num_rollouts: Count = jax.tree.static(default=128)  # rollouts per update
+    horizon: Count = jax.tree.static(default=50)  # steps of a rollout
+    num_eval_episodes: Count = jax.tree.static(default=128)  # greedy episodes per evaluation
+    hidden_sizes: tuple[Count, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     learning_rate: Annotated[float, "> 0"] = 2e-3  # Adam's step size
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
@@ -290,13 +292,14 @@ def first_state(config, key):
 def dynamics(config, state, action, key):
     """The environment's step from a state `[n]`, without a reset at its end: `(next_state [n], reward, terminated)`.
 
-    Without `with_transition_gradients` gymnax stops the gradient of a step.
+    A step that terminates leaves the state as it is: the last observation may be NaN, and 0 times NaN is NaN. Without
+    `with_transition_gradients` gymnax stops the gradient of a step.
     """
     env, env_params = gymnax.make(config.env)
     _, env_state = first_state(config, key)[1](state)  # only the shapes of the reset are used
     action = make_env(config.env).rescale(action)
     obs, env_state, reward, terminated, _ = env.with_transition_gradients().step_env(key, env_state, action, env_params)
-    return ravel_pytree((obs, env_state))[0], reward, terminated
+    return jnp.where(terminated, state, ravel_pytree((obs, env_state))[0]), reward, terminated
 
 
 @functools.cache
@@ -365,15 +368,18 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
-        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
-        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+        (rule,) = getattr(kind, "__metadata__", ["finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
             if isinstance(x, str):
-                if field.type is not str and x not in choices:
-                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+                if get_origin(kind) is Literal and x not in get_args(kind):
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(get_args(kind))}")
             elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
@@ -390,8 +396,7 @@ def init(config, key):
     if not gymnax.make(config.env)[0].supports_transition_gradients:
         raise ValueError(f"env={config.env}: must have transition gradients")
     steps = num_epochs(config) * config.iterations_per_epoch * config.num_rollouts * config.horizon
-    if steps >= 2**31:
-        raise ValueError(f"num_iterations={config.num_iterations}: must be less: {steps} steps are too many to count")
+    check(config, num_iterations=steps)
     if reward_gradient(config.env) == 0:
         warnings.warn(f"the reward of {config.env} has no gradient by the state for svg to follow", stacklevel=1)
     key, key_eval, key_actor = random.split(key, 3)

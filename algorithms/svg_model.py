@@ -28,7 +28,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import gymnax
 import jax
@@ -39,6 +39,8 @@ from jax import lax, random
 from jax.flatten_util import ravel_pytree
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # bounds of the log standard deviations of policy and model
+
+Count = Annotated[int, "from 1 to 2147483647"]  # a plain int may be 0 or negative
 
 
 @jax.tree_util.register_dataclass
@@ -51,17 +53,17 @@ class Config:
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment with bounded continuous actions
     noise: Literal["sampled", "inferred"] = jax.tree.static(default="sampled")  # of the model
-    num_iterations: int = jax.tree.static(default=1_600)  # updates of the policy
-    iterations_per_epoch: int = jax.tree.static(default=160)  # updates of the policy between evaluations
-    num_rollouts: int = jax.tree.static(default=128)  # rollouts per update
-    horizon: int = jax.tree.static(default=50)  # steps of a rollout
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
-    learning_starts: int = jax.tree.static(default=1_000)  # environment steps of uniformly random warm-up
-    num_envs: int = jax.tree.static(default=20)  # environments stepped in parallel, once an iteration
-    buffer_size: int = jax.tree.static(default=100_000)  # transitions in the replay buffer
-    batch_size: int = jax.tree.static(default=256)  # transitions per update of the model
-    model_steps: int = jax.tree.static(default=8)  # updates of the model per update of the policy
-    hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    num_iterations: Count = jax.tree.static(default=1_600)  # updates of the policy
+    iterations_per_epoch: Count = jax.tree.static(default=160)  # updates of the policy between evaluations
+    num_rollouts: Count = jax.tree.static(default=128)  # rollouts per update
+    horizon: Count = jax.tree.static(default=50)  # steps of a rollout
+    num_eval_episodes: Count = jax.tree.static(default=128)  # greedy episodes per evaluation
+    learning_starts: Count = jax.tree.static(default=1_000)  # environment steps of uniformly random warm-up
+    num_envs: Count = jax.tree.static(default=20)  # environments stepped in parallel, once an iteration
+    buffer_size: Count = jax.tree.static(default=100_000)  # transitions in the replay buffer
+    batch_size: Count = jax.tree.static(default=256)  # transitions per update of the model
+    model_steps: Count = jax.tree.static(default=8)  # updates of the model per update of the policy
+    hidden_sizes: tuple[Count, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     learning_rate: Annotated[float, "> 0"] = 2e-3  # Adam's step size for the policy
     model_learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for the model
@@ -399,6 +401,9 @@ def collect(config, state, policy):
     """One step of all environments with `policy`, stored: `State`."""
     key, key_rollout = random.split(state.key)
     env_state, obs, transitions = rollout(config, state.params, policy, state.env_state, state.obs, key_rollout[None])
+    # the model learns from next observations; where the last one is NaN, from the one before
+    unknown = transitions.terminated[..., None] & ~jnp.isfinite(transitions.next_obs)
+    transitions = transitions._replace(next_obs=jnp.where(unknown, transitions.obs, transitions.next_obs))
     buffer, step = store(state.buffer, state.step, transitions), state.step + transitions.reward.size
     return state._replace(buffer=buffer, env_state=env_state, obs=obs, step=step, key=key)
 
@@ -464,15 +469,18 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
-        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
-        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+        (rule,) = getattr(kind, "__metadata__", ["finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
             if isinstance(x, str):
-                if field.type is not str and x not in choices:
-                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+                if get_origin(kind) is Literal and x not in get_args(kind):
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(get_args(kind))}")
             elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
@@ -491,8 +499,7 @@ def init(config, key):
     env = make_env(config.env)
     length = math.ceil(config.learning_starts / config.num_envs)
     steps = (length + num_epochs(config) * config.iterations_per_epoch) * config.num_envs
-    if steps >= 2**31:
-        raise ValueError(f"num_iterations={config.num_iterations}: must be less: {steps} steps are too many to count")
+    check(config, num_iterations=steps, buffer_size=math.ceil(config.buffer_size / config.num_envs) * config.num_envs)
     key, key_eval, key_actor, key_model, key_env = random.split(key, 5)
     env_state, obs = jax.vmap(env.reset)(random.split(key_env, config.num_envs))
     *layers, (w, b) = mlp_init(key_actor, (env.obs_dim, *config.hidden_sizes, 2 * env.action_dim))

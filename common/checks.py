@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from amortax.common import checkpoint, cli, distributed, envs, record, sweep
+from amortax.common import checkpoint, cli, devices, distributed, envs, record, sweep
 
 OF_A_SEED = ("seed", *record.PLACE)  # entries of `config.json` in which the seeds of a group may differ
 NAME_MAX = 255  # bytes in the name of a folder, on all common file systems
@@ -24,11 +24,10 @@ def check_config(config, function):
         about_env = str(error).startswith("env=")
         cli.fail_field(config, error, f"; some that fit: {', '.join(envs.CONTINUOUS_ENVS)}" if about_env else "")
     needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(result))
-    if "SC_PHYS_PAGES" in os.sysconf_names and jax.default_backend() == "cpu":
-        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > present:
-            flag = f"--buffer-size {config.buffer_size}: " if hasattr(config, "buffer_size") else ""
-            cli.fail(f"{flag}a run needs {needed / 2**30:.1f} GiB; this machine has {present / 2**30:.1f} GiB")
+    present = devices.total_memory()
+    if jax.default_backend() == "cpu" and needed > present:
+        flag = f"--buffer-size {config.buffer_size}: " if hasattr(config, "buffer_size") else ""
+        cli.fail(f"{flag}a run needs {needed / 2**30:.1f} GiB; this machine has {present / 2**30:.1f} GiB")
 
 
 def check_folders(out_folder, script, runs, grid, options, files=None, functions=None):

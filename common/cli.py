@@ -82,17 +82,17 @@ def fail_field(config, error, hint="") -> NoReturn:
     fail(error)
 
 
-def show_rules(dataclass, rule_of_ints=None):
+def show_rules(dataclass):
     """Let `--help` show the rule of each number, as in `--gamma FLOAT in [0, 1]`.
 
-    A rule is the text in the annotation of a field, such as `Annotated[float, "in [0, 1]"]`; an int without one has
-    `rule_of_ints`.
+    A rule is the text in the annotation of a field, or of the items of a tuple: `Annotated[float, "in [0, 1]"]`.
     """
     annotated = typing.get_type_hints(dataclass, include_extras=True)
     for name, hint in typing.get_type_hints(dataclass).items():
         kind = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
-        texts = [x for x in getattr(annotated[name], "__metadata__", ()) if isinstance(x, str)]
-        rule = texts[0] if texts else rule_of_ints if kind is int else None
+        own = annotated[name]
+        own = typing.get_args(own)[0] if typing.get_origin(own) is tuple else own
+        rule = next((x for x in getattr(own, "__metadata__", ()) if isinstance(x, str)), None)
         if rule:
             metavar = getattr(kind, "__name__", "value").upper()
             metavar = f"{metavar if kind is hint else f'[{metavar} ...]'} {rule}"
@@ -133,7 +133,7 @@ def parse_run(config_class, init):
     def read_with_data(hyperparameter: config_class, run: Options, data: Data):
         return hyperparameter, run, data
 
-    show_rules(config_class, rule_of_ints=">= 1")
+    show_rules(config_class)
     show_rules(Options)
     function = read_with_data if "base_points" in inspect.signature(init).parameters else read
     config, options, data = parse(function, prog=Path(sys.argv[0]).name, description=summary(config_class))

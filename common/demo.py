@@ -64,7 +64,7 @@ def parse(config_class):
     def read(estimate: config_class, run: Options):
         return estimate, run
 
-    cli.show_rules(config_class, rule_of_ints=">= 1")
+    cli.show_rules(config_class)
     cli.show_rules(Options)
     config, options = cli.parse(read, prog=Path(sys.argv[0]).name, description=cli.summary(config_class))
     if config.num_trials < 2:

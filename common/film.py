@@ -1,16 +1,49 @@
-"""Films: frames of an episode, drawn by Gymnasium, by the environment itself or as curves, and GIFs of them."""
+"""Films: frames of an episode, drawn by Gymnasium, by the environment itself, as grids or as curves, and their GIFs."""
 
 import io
 
+import gymnax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 from amortax.common import envs
 
 FRAME_MS = 50  # one frame per step; Pendulum-v1 then moves in real time
 
 # the state that Gymnasium renders, by gymnax's names
-GYMNASIUM_STATE = {"Pendulum-v1": ("theta", "theta_dot"), "MountainCarContinuous-v0": ("position", "velocity")}
+GYMNASIUM_STATE = {
+    "CartPole-v1": ("x", "x_dot", "theta", "theta_dot"),
+    "Pendulum-v1": ("theta", "theta_dot"),
+    "Acrobot-v1": ("joint_angle1", "joint_angle2", "velocity_1", "velocity_2"),
+    "MountainCar-v0": ("position", "velocity"),
+    "MountainCarContinuous-v0": ("position", "velocity"),
+}
+GRID_SIZE = 400  # pixels of the longer side of a grid, about
+# of the channels of a grid, the first at the bottom; color-blind safe (Tol)
+CHANNELS = (
+    "#EE7733",
+    "#0077BB",
+    "#33BBEE",
+    "#CC3311",
+    "#009988",
+    "#EE3377",
+    "#BBBBBB",
+    "#DDAA33",
+    "#AA4499",
+    "#FFFFFF",
+)
+
+
+def draw(name, env_states, obs, rewards):
+    """Frames of the gymnax environment `name` for its states, their observations `[n, ...]` and rewards `[n]`."""
+    env, env_params = gymnax.make(name)
+    if name in GYMNASIUM_STATE:
+        return draw_as_gymnasium(name, env_states)
+    if hasattr(env, "render"):
+        return [draw_itself(env, env_params, env_state) for env_state in env_states]
+    if obs.ndim in (3, 4) and min(obs.shape[1:3]) > 3:  # a smaller one is no picture
+        return draw_grids(obs)
+    return draw_observations(name, obs, rewards)
 
 
 def draw_as_gymnasium(name, env_states):
@@ -36,6 +69,19 @@ def draw_itself(env, env_params, env_state):
     frame = to_frame(np.array(figure.canvas.buffer_rgba())[..., :3])
     plt.close(figure)
     return frame
+
+
+def draw_grids(obs):
+    """Frames of grids `[n, height, width]` or `[n, height, width, channels]`: a color per channel on black."""
+    layers = np.abs(np.asarray(obs, float)).reshape(*obs.shape[:3], -1)
+    layers = layers / max(1, layers.max())
+    colors = [np.array(ImageColor.getrgb(color)) for color in (CHANNELS if layers.shape[-1] > 1 else CHANNELS[-1:])]
+    pages = np.zeros((*obs.shape[:3], 3))
+    for k in range(layers.shape[-1]):
+        layer = layers[..., k, None]
+        pages = (1 - layer) * pages + layer * colors[k % len(colors)]
+    scale = max(1, GRID_SIZE // max(obs.shape[1:3]))
+    return [to_frame(page.repeat(scale, axis=0).repeat(scale, axis=1)) for page in pages.astype(np.uint8)]
 
 
 def draw_observations(name, obs, rewards):

@@ -132,14 +132,9 @@ def gymnax_episode(act, config, params, seed):
 def gymnax_film(act, config, params, seed):
     """Episode 0 as `(return, frames)`."""
     *shown, last = gymnax_episode(act, config, params, seed)
-    env, env_params = gymnax.make(config.env)
-    if config.env in film.GYMNASIUM_STATE:
-        frames = film.draw_as_gymnasium(config.env, [episode.env_state for episode in shown])
-    elif hasattr(env, "render"):
-        frames = [film.draw_itself(env, env_params, episode.env_state) for episode in shown]
-    else:
-        rewards = np.diff([episode.total for episode in (*shown, last)])
-        frames = film.draw_observations(config.env, np.stack([episode.obs for episode in shown]), rewards)
+    rewards = np.diff([episode.total for episode in (*shown, last)])
+    obs = np.stack([episode.obs for episode in shown])
+    frames = film.draw(config.env, [episode.env_state for episode in shown], obs, rewards)
     return float(last.total), frames
 
 

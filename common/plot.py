@@ -45,14 +45,19 @@ def summary(values):
 
 
 def read_group(group):
-    """`(seeds, progress [num_epochs], returns [num_seeds, num_epochs], finite)` of the seeds with the most epochs."""
+    """`(seeds, progress [num_epochs], returns [num_seeds, num_epochs], finite)` of the seeds with the most epochs.
+
+    Those that diverged have fewer, and their returns are NaN from then on.
+    """
     folders = {seed: record.seed_folder(group, seed) for seed in record.seeds(group)}
     runs = {seed: record.read_metrics(x) for seed, x in folders.items() if (x / "metrics.csv").exists()}
     epochs = max(len(c["step"]) for c in runs.values())
-    runs = {seed: c for seed, c in runs.items() if len(c["step"]) == epochs}
-    progress = record.progress(next(iter(runs.values())))
-    returns, finite = (np.stack([c[name] for c in runs.values()]) for name in ("eval_return_mean", "finite"))
-    return list(runs), progress, returns, finite.all(axis=1)
+    runs = {seed: c for seed, c in runs.items() if len(c["step"]) == epochs or not c["finite"][-1]}
+    longest = max(runs.values(), key=lambda c: len(c["step"]))
+    returns, finite = np.full((len(runs), epochs), np.nan), np.array([c["finite"].all() for c in runs.values()])
+    for row, c in zip(returns, runs.values(), strict=True):
+        row[: len(c["step"])] = c["eval_return_mean"]
+    return list(runs), record.progress(longest), returns, finite
 
 
 def draw(group):

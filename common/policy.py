@@ -74,7 +74,12 @@ def read(path, label, algorithm, shapes):
     arrays = read_arrays(path, label)
     names, leaves = array_names(shapes), jax.tree.leaves(shapes)
     check_arrays(label, algorithm, arrays, dict(zip(names, leaves, strict=True)))
-    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in names])
+    other = {f"{arrays[name].dtype}, here {leaf.dtype}" for name, leaf in zip(names, leaves, strict=True)}
+    other -= {f"{leaf.dtype}, here {leaf.dtype}" for leaf in leaves}
+    if other:  # JAX_ENABLE_X64 was another
+        print(f"note: {label} was trained in {'; '.join(sorted(other))}", file=sys.stderr)
+    arrays = [arrays[name].astype(leaf.dtype) for name, leaf in zip(names, leaves, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
 def read_arrays(path, label):
@@ -89,11 +94,11 @@ def read_arrays(path, label):
 
 
 def check_arrays(label, algorithm, arrays, shapes):
-    """Fail unless `arrays` have the names, shapes and types of `shapes` and are finite."""
+    """Fail unless `arrays` have the names, shapes and kinds of numbers of `shapes` and are finite."""
     if sorted(arrays) != sorted(shapes):
         fail(f"{label}: not a policy of {algorithm}: it must hold the arrays {', '.join(shapes)}")
     for name, leaf in shapes.items():
-        if arrays[name].shape != leaf.shape or arrays[name].dtype != leaf.dtype:
+        if arrays[name].shape != leaf.shape or arrays[name].dtype.kind != leaf.dtype.kind:
             found = f"{arrays[name].dtype}{list(arrays[name].shape)}"
             fail(f"{label}: {name} is {found}, must be {leaf.dtype}{list(leaf.shape)}")
         if not np.isfinite(arrays[name]).all():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from amortax.common import cli, devices
+from amortax.common import cli, devices, divergence
 
 
 class Programs(NamedTuple):
@@ -48,8 +48,8 @@ def compile_programs(config, init, epoch, num_runs, runs_per_device=None, shared
     """Compile `init` and `epoch` for `num_runs` runs whose configurations differ from `config` in their leaves.
 
     By default a device of a CPU holds one run, another device as many as it takes to train all at once. `shared` are
-    further arguments of `init`, the same for all runs. `epoch` also returns `finite [runs_per_device]`: whether all
-    learned parameters are.
+    further arguments of `init`, the same for all runs. `epoch` also returns `finite [runs_per_device]`, see
+    `divergence.is_finite`.
     """
     cpu = jax.default_backend() == "cpu"
     if runs_per_device is None:
@@ -64,8 +64,7 @@ def compile_programs(config, init, epoch, num_runs, runs_per_device=None, shared
 
     def checked_epoch(config, state):
         state, metrics = epoch(config, state)
-        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
-        return state, metrics, finite
+        return state, metrics, divergence.is_finite(state, metrics)
 
     configs = jax.tree.map(lambda x: np.zeros((), leaf_type(x)), config)
     state = jax.eval_shape(init, config, jax.random.key(0), *shared)
@@ -181,7 +180,17 @@ def by_run(batch, trees):
 
 def array_shapes(programs):
     """Shapes and types of what `to_arrays` makes, but with a leading axis of the runs of one device."""
-    return [jax.eval_shape(key_data, x) for x in jax.tree.leaves(programs.init[0].out_info)]
+    return jax.eval_shape(arrays, programs.init[0].out_info)
+
+
+def arrays(state):
+    """The leaves of a state, random keys as their data, without those that have no elements."""
+    return [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(state) if not is_empty(x)]
+
+
+def is_empty(x):
+    """Whether `x` has no elements, as some arrays of physics engines: Orbax cannot save it, and nothing is lost."""
+    return math.prod(x.shape) == 0
 
 
 def is_key(x):
@@ -189,15 +198,13 @@ def is_key(x):
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def key_data(x):
-    """Random keys as their data; other arrays as they are."""
-    return jax.random.key_data(x) if is_key(x) else x
-
-
 def to_arrays(programs, states):
-    """The states as a list of arrays `[round_size, ...]` over all devices in use, random keys as their data."""
+    """The states as a list of arrays `[round_size, ...]` over all devices in use, random keys as their data.
+
+    Those without elements are left out.
+    """
     sharding = NamedSharding(Mesh(np.array(programs.devices), ("run",)), PartitionSpec("run"))
-    leaves = [[key_data(x) for x in jax.tree.leaves(state)] for state in states]
+    leaves = [arrays(state) for state in states]
     return [
         jax.make_array_from_single_device_arrays((programs.round_size, *parts[0].shape[1:]), sharding, list(parts))
         for parts in zip(*leaves, strict=True)
@@ -211,7 +218,7 @@ def state_bytes(programs):
 
 def arrays_by_run(batch, states):
     """`{run index: arrays}`, on the host, of one run each: the rows of what `to_arrays` makes."""
-    return by_run(batch, [[np.asarray(key_data(x)) for x in jax.tree.leaves(state)] for state in states])
+    return by_run(batch, [jax.tree.map(np.asarray, arrays(state)) for state in states])
 
 
 def from_arrays(programs, arrays, num_runs):
@@ -219,7 +226,9 @@ def from_arrays(programs, arrays, num_runs):
     like, structure = jax.tree.flatten(programs.init[0].out_info)
     states = []
     for device, held in zip(programs.local_devices, positions(programs), strict=True):
-        leaves = [jax.device_put(x[padded(held, num_runs)], device) for x in arrays]
+        rows = padded(held, num_runs)
+        placed = iter([jax.device_put(x[rows], device) for x in arrays])
+        leaves = [jax.device_put(jnp.zeros(x.shape, x.dtype), device) if is_empty(x) else next(placed) for x in like]
         leaves = [jax.random.wrap_key_data(x) if is_key(y) else x for x, y in zip(leaves, like, strict=True)]
         states.append(jax.tree.unflatten(structure, leaves))
     return states

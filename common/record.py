@@ -231,6 +231,11 @@ def num_rows(folder):
     return len(path.read_text().splitlines()) - 1 if path.exists() else 0
 
 
+def has_diverged(rows):
+    """Whether the last of a run's rows, numbers or text, says that it is not finite: the run has ended there."""
+    return bool(rows) and not float(rows[-1]["finite"])
+
+
 def progress(columns):
     """What a curve is drawn over, from `read_metrics`: iterations where they are counted, else environment steps."""
     return columns["iteration"] if "iteration" in columns else columns["step"]

@@ -12,7 +12,7 @@ def position(runs, num_epochs, checkpoints):
     if saved:
         of_round = runs[saved.first : saved.last]
         # a kill while a later round wrote its files may have left them behind this checkpoint
-        usable = list(itertools.takewhile(lambda run: record.num_rows(run.folder) >= saved.epochs, of_round))
+        usable = list(itertools.takewhile(lambda run: has_rows(run, saved.epochs), of_round))
         if not all(is_complete(run, num_epochs) for run in usable):
             return saved._replace(last=saved.first + len(usable))
     return next_position(runs, 0, num_epochs)
@@ -20,7 +20,13 @@ def position(runs, num_epochs, checkpoints):
 
 def is_complete(run, num_epochs):
     """Whether the files of a run are those of its end."""
-    return (run.folder / "policy.npz").exists() and record.num_rows(run.folder) == num_epochs
+    return (run.folder / "policy.npz").exists() and has_rows(run, num_epochs)
+
+
+def has_rows(run, epochs):
+    """Whether the metrics of a run are those of so many epochs at least, or it has diverged."""
+    num = record.num_rows(run.folder)
+    return num >= epochs or record.has_diverged(record.read_rows(run.folder, num))
 
 
 def next_position(runs, first, num_epochs, resumed=True):

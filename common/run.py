@@ -26,13 +26,14 @@ from amortax.common import (
     cli,
     devices,
     distributed,
+    divergence,
     envs,
     milp,
-    plot,
     policy,
     programs,
     progress,
     record,
+    report,
     resume,
     sweep,
     track,
@@ -64,7 +65,7 @@ def main(config_class, init, epoch, num_epochs):
         fail_late(error, config.env, options.traceback, code=1 if began else 2)
     if not complete:
         raise SystemExit(130)
-    code = report(runs, out_folder, grid, options)
+    code = report.report(runs, out_folder, grid, options)
     checkpoint.delete(checkpoints)
     raise SystemExit(code)
 
@@ -124,6 +125,7 @@ class Training(NamedTuple):
     programs: programs.Programs
     checkpoints: Path
     keep_states: bool  # write the last states
+    algorithm: dict  # the functions of the algorithm's file by name
 
 
 def train(init, epoch, num_epochs, runs, shared, checkpoints, options):
@@ -138,7 +140,8 @@ def train(init, epoch, num_epochs, runs, shared, checkpoints, options):
         num_runs = len(runs) - position.first
         compiled = programs.compile_to_fit(runs[0].config, init, epoch, num_runs, devices.memory(), shared)
         num_bytes = programs.state_bytes(compiled)
-        training = Training(runs, num_epochs, compiled, checkpoints, checkpoint.is_kept(options.keep_state, num_bytes))
+        keep_states = checkpoint.is_kept(options.keep_state, num_bytes)
+        training = Training(runs, num_epochs, compiled, checkpoints, keep_states, inspect.unwrap(epoch).__globals__)
         distributed.synchronize("compiled")
         while position.first < len(runs):
             position = position._replace(last=min(position.last, position.first + compiled.round_size))
@@ -158,7 +161,7 @@ def train(init, epoch, num_epochs, runs, shared, checkpoints, options):
 
 
 def train_round(training, position, interrupted, show, log):
-    """Train a round from `position` to its end or an interrupt, and save it: `(epochs, last row of its first run)`."""
+    """Train a round from `position` to its end or an interrupt, and save it: `(epochs, last row)`."""
     runs = training.runs[position.first : position.last]
     batch = programs.place(training.programs, [run.config for run in runs], [run.seed for run in runs])
     rows = {i: record.read_rows(runs[i].folder, position.epochs) for held in batch.run_indices for i in held}
@@ -168,20 +171,23 @@ def train_round(training, position, interrupted, show, log):
     (stop,) = distributed.any_process(interrupted.is_set())
     while reached.epochs < training.num_epochs and not stop:
         states, outs = programs.advance(training.programs, batch, states)
-        for i, (metrics, finite) in programs.by_run(batch, outs).items():
-            rows[i].append(record.metrics_row(metrics, finite))
-        best |= best_params(batch, states, rows)
         reached = reached._replace(epochs=reached.epochs + 1)
+        add_rows(training, reached, batch, states, outs, rows, best, log)
+        best |= best_params(batch, states, rows)
         show(*epoch_line(training, position, reached, rows, time.monotonic() - began))
         due = time.monotonic() - last_save >= save_seconds / CHECKPOINT_SHARE
-        stop, due = distributed.any_process(interrupted.is_set(), due)  # all processes save together
-        if due and not stop and reached.epochs < training.num_epochs:
+        left = not all(record.has_diverged(x) for x in rows.values())
+        stop, due, left = distributed.any_process(interrupted.is_set(), due, left)  # all processes save together
+        if not left:
+            reached = reached._replace(epochs=training.num_epochs)
+        elif due and not stop and reached.epochs < training.num_epochs:
             last_save = time.monotonic()
             save(training, reached, batch, states, rows, best, log)
             best, save_seconds = {}, time.monotonic() - last_save
     if reached != position:
         save(training, reached, batch, states, rows, best, log)
-    return reached.epochs, rows[0][-1] if rows.get(0) else None
+    longest = max(rows.values(), key=len, default=[])
+    return reached.epochs, longest[-1] if longest else None
 
 
 def begin(training, position, batch):
@@ -206,20 +212,40 @@ def save(training, reached, batch, states, rows, best, log):
     kept = programs.arrays_by_run(batch, states) if at_end and training.keep_states else {}
     params = programs.by_run(batch, jax.device_get([state.params for state in states]))
     for i, run_rows in rows.items():
-        run = training.runs[reached.first + i]
-        folder = run.folder
-        if not (folder / "config.json").exists():  # somebody has removed the folder
-            record.write_config(folder, run.description)
-        policy.save(folder, params[i])
-        if i in best:
-            policy.save(folder, best[i], "best")
-        record.write_rows(folder / "metrics.csv", run_rows)  # after the policies: its rows tell that a run is complete
-        if i in kept:
-            checkpoint.keep(folder, reached.epochs, kept[i])
-        log(folder, run_rows)
+        if len(run_rows) == reached.epochs and not record.has_diverged(run_rows):  # else its files have been written
+            write(training.runs[reached.first + i], run_rows, params[i], best.get(i), kept.get(i), log)
     if not at_end:
         with distributed.collective():
             checkpoint.save(training.checkpoints, reached, programs.to_arrays(training.programs, states))
+
+
+def write(run, rows, params, best, state, log):
+    """Write a run's policy and metrics and track these; also its best policy and its last state, unless None."""
+    if not (run.folder / "config.json").exists():  # somebody has removed the folder
+        record.write_config(run.folder, run.description)
+    policy.save(run.folder, params)
+    if best is not None:
+        policy.save(run.folder, best, "best")
+    record.write_rows(run.folder / "metrics.csv", rows)  # after the policies: its rows tell that a run is complete
+    if state is not None:
+        checkpoint.keep(run.folder, len(rows), state)
+    log(run.folder, rows)
+
+
+def add_rows(training, reached, batch, states, outs, rows, best, log):
+    """Append the metrics of an epoch to each run's rows, and end a run that is not finite.
+
+    Its files stay as they are now, while its device computes on; the line names what was not finite first.
+    """
+    for i, (metrics, finite) in programs.by_run(batch, outs).items():
+        if record.has_diverged(rows[i]):
+            continue
+        rows[i].append(record.metrics_row(metrics, finite))
+        if not finite:
+            run, state = training.runs[reached.first + i], programs.by_run(batch, states)[i]
+            quantity = divergence.first_quantity(training.algorithm, run.config, state, metrics)
+            divergence.announce(run, training.runs, f": {quantity} not finite", rows[i][-1])
+            write(run, rows[i], jax.device_get(state.params), best.get(i), None, log)
 
 
 def epoch_line(training, position, reached, rows, seconds):
@@ -228,12 +254,11 @@ def epoch_line(training, position, reached, rows, seconds):
     before, after = math.ceil(reached.first / size), math.ceil((len(training.runs) - reached.last) / size)
     rounds = before + 1 + after
     done, total = before * num_epochs + reached.epochs, rounds * num_epochs
-    if not rows:  # this process holds copies only, and prints nothing
-        return "", done, total
     round_text = f"round {before + 1:,} of {rounds:,}, " if rounds > 1 else ""
     num_runs, new_epochs = reached.last - reached.first, reached.epochs - position.epochs
-    line = progress.line(rows, num_runs, new_epochs, seconds, total - done)
-    return f"{round_text}epoch {reached.epochs:,} of {num_epochs:,}  {line}", done, total
+    rows = {i: run_rows for i, run_rows in rows.items() if len(run_rows) == reached.epochs}  # without diverged ones
+    line = progress.line(rows, num_runs, new_epochs, seconds, total - done) if rows else ""
+    return f"{round_text}epoch {reached.epochs:,} of {num_epochs:,}  {line}".rstrip(), done, total
 
 
 def catch_interrupts():
@@ -248,32 +273,3 @@ def catch_interrupts():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     return interrupted
-
-
-def report(runs, out_folder, grid, options):
-    """Draw the curves, print the result, and return the exit code."""
-    columns = [record.read_metrics(run.folder) for run in runs]
-    finite = np.array([bool(c["finite"][-1]) for c in columns])
-    final = np.array([c["eval_return_mean"][-1] for c in columns])
-    if not distributed.is_first():
-        return 0 if finite.all() else 1
-    if not options.no_plot:
-        for group in dict.fromkeys(run.group for run in runs):
-            plot.draw(group)
-    after = f"greedy return after {record.amount({name: x[-1] for name, x in columns[0].items()})}"
-    if grid:
-        table = sweep.table(grid, final.reshape(-1, options.num_seeds), finite.reshape(-1, options.num_seeds))
-        sweep.write(out_folder, grid, table, with_plot=not options.no_plot)
-        print(f"{after}, interquartile mean of {options.num_seeds} seeds:\n\n{sweep.text(table)}\n")
-    elif finite.sum() > 1:
-        print(f"{after}: {plot.summary(final[finite])}")
-    elif finite.any():
-        deviation = columns[finite.argmax()]["eval_return_std"][-1]
-        print(f"{after}: {final[finite][0]:.1f} (mean over episodes, standard deviation {deviation:.1f})")
-    for run, c in zip(runs, columns, strict=True):
-        if not c["finite"][-1]:
-            at = record.amount({name: x[c["finite"] == 0][0] for name, x in c.items()})
-            where = f" of {run.group.name}" if grid else ""
-            print(f"seed {run.seed}{where} diverged: parameters are not finite after {at}", file=sys.stderr)
-    print(f"results: {out_folder}")
-    return 0 if finite.all() else 1

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 from gymnax.environments import environment, spaces
 from jax import random
 
@@ -198,6 +199,46 @@ class Wrapped(Clock):
         return obs + 100, *rest
 
 
+@struct.dataclass
+class StateWithNothing(environment.EnvState):
+    """Arrays without elements, as physics engines have them."""
+
+    nothing: jax.Array
+    pairs: jax.Array
+
+
+class Empty(Clock):
+    """A state with arrays of no elements."""
+
+    def reset_env(self, key, params):
+        state = StateWithNothing(time=0, nothing=jnp.zeros(0), pairs=jnp.zeros((2, 0), jnp.int32))
+        return self.observe_time(state), state
+
+    def step_env(self, key, state, action, params):
+        state = state.replace(time=state.time + 1)
+        return self.observe_time(state), state, -jnp.square(action).sum(), jnp.array(False), {}
+
+
+class Faulty(Clock):
+    """At the horizon observation and reward become what they are given as; a termination if it `terminates`."""
+
+    _supports_transition_gradients = True
+
+    def __init__(self, horizon, terminates, obs=jnp.nan, reward=1.0):
+        super().__init__(horizon, terminates)
+        self.obs, self.reward = obs, reward
+
+    @property
+    def default_params(self):
+        return environment.EnvParams(max_steps_in_episode=2 * self.horizon)
+
+    def step_env(self, key, state, action, params):
+        obs, state, reward, terminated, info = super().step_env(key, state, action, params)
+        at_end = state.time >= self.horizon
+        reward = jnp.where(at_end, self.reward, reward - jnp.square(obs - action).sum())
+        return jnp.where(at_end, self.obs, obs), state, reward, terminated, info
+
+
 class Unbounded(Clock):
     """Actions without bounds."""
 
@@ -212,9 +253,13 @@ for name, env_class, horizon, terminates in (
     ("Walk-test", Walk, 12, False),
     ("Bandit-test", Bandit, 1, True),
     ("Wrapped-test", Wrapped, 5, False),
+    ("Empty-test", Empty, 7, False),
     ("Unbounded-test", Unbounded, 5, False),
 ):
     gymnax.register(name, functools.partial(env_class, horizon, terminates))
+gymnax.register("LastObsNaN-test", functools.partial(Faulty, 3, True))
+gymnax.register("ObsNaN-test", functools.partial(Faulty, 3, False))
+gymnax.register("RewardNaN-test", functools.partial(Faulty, 3, False, obs=1.0, reward=jnp.nan))
 
 
 # Updates in NumPy, float64

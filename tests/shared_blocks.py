@@ -19,7 +19,7 @@ DISCRETE = "fqi fqi_amortized soft_fqi reinforce"
 FITTED = "fqi fqi_amortized nfqca soft_fqi"
 
 SHARED = [  # names of top-level definitions, and the files that have them; the first file is the reference
-    ("mlp_init mlp act evaluate check", EVERY),
+    ("Count mlp_init mlp act evaluate check", EVERY),
     ("train", "td3 ddpg sac_value sac reinforce svg svg_model"),
     ("Transition", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi svg_model"),
     ("optimizer apply_grads", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi"),

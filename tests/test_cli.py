@@ -46,6 +46,8 @@ MISTAKES = [
     (td3, "--env math:sqrt", ["--env math:sqrt", "cannot be made"]),
     (td3, "--total-steps 0", ["--total-steps 0: must be from 1 to 2147483647\n"]),
     (td3, "--total-steps 3000000000", ["--total-steps 3000000000: must be from 1 to 2147483647\n"]),
+    (td3, "--total-steps 2147483647", ["--total-steps 2147483647: must be less: 2147484000 are too many to count\n"]),
+    (td3, "--buffer-size 2147483647", ["--buffer-size 2147483647: must be less: 2147483648 are too many to count\n"]),
     (td3, "--total-steps 1e4", ["--total-steps", "1e4"]),
     (td3, "--hidden-sizes 64 0", ["--hidden-sizes 0: must be from 1"]),
     (td3, "--gamma 1.5", ["--gamma 1.5: must be in [0, 1]\n"]),
@@ -136,14 +138,14 @@ def test_help_shows_every_field_with_its_rule(monkeypatch, capsys):
     assert error.value.code == 0
     rules = {"seed": ">= 0", "num_seeds": ">= 1"}
     for field in dataclasses.fields(td3.Config):
-        default = ">= 1" if field.type in (int, tuple[int, ...]) else ""
-        (rules[field.name],) = getattr(field.type, "__metadata__", [default])
+        kind = td3.Count if field.type == tuple[td3.Count, ...] else field.type
+        (rules[field.name],) = getattr(kind, "__metadata__", [""])
     for field in dataclasses.fields(td3.Config) + dataclasses.fields(cli.Options):
         flag, rule = f"--{field.name.replace('_', '-')}", rules.get(field.name, "")
         assert any(f"{flag} " in line and rule in line for line in text.splitlines()), (flag, rule)
     assert "--gamma FLOAT in [0, 1]" in text
-    assert "--num-envs INT >= 1" in text
-    assert "--hidden-sizes [INT ...] >= 1" in text
+    assert "--num-envs INT from 1 to 2147483647" in text
+    assert "--hidden-sizes [INT ...] from 1 to 2147483647" in text
     assert "environment steps, warm-up included" in text
     assert td3.__doc__.splitlines()[0][:60] in text
 
@@ -191,11 +193,19 @@ def test_user_environment(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A folder with a copy of an algorithm file, one field and one rule more, and files named as this project's."""
+    """A folder with a copy of an algorithm file, some fields and one rule more, and files named as this project's."""
     folder = tmp_path_factory.mktemp("copy")
     text = SCRIPT.read_text()
+    fields = (
+        'my_number: Annotated[float, "in [2, 3]"] = 2.5  # what I try',
+        "lag: int = 0  # a leaf",
+        "num_lags: int = jax.tree.static(default=0)  # static",
+        "learning_rate_decay: float = 0.0  # named as others that must be > 0",
+        "offsets: tuple[int, ...] = jax.tree.static(default=(0, -1))  # several",
+        "label: str | None = jax.tree.static(default=None)  # a text, or none",
+    )
     for old, new in (
-        ("    tau: Annotated", '    my_number: Annotated[float, "in [2, 3]"] = 2.5  # what I try\n    tau: Annotated'),
+        ("    tau: Annotated", "".join(f"    {field}\n" for field in fields) + "    tau: Annotated"),
         ("RULES = {\n", 'RULES = {\n    "in [2, 3]": lambda x: (x >= 2) & (x <= 3),\n'),
     ):
         assert text.count(old) == 1
@@ -210,12 +220,13 @@ def copy(tmp_path_factory):
 def test_copied_file_runs_beside_whatever_lies_there(copy):
     """By the command of the README, with a field of its own."""
     config = replace(CONFIGS["td3"], total_steps=80, hidden_sizes=(4,), num_eval_episodes=1)
-    words = ["--name", "first-try", "--my-number", "3", "--no-plot", *flags_of(config)]
+    words = ["--name", "first-try", "--my-number", "3", "--label", "x", "--no-plot", *flags_of(config)]
     done = subprocess.run([sys.executable, "my_idea.py", *words], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folder = copy / "results/runs/my_idea/Pendulum-v1/first-try/seed_0"
     assert (folder / "policy.npz").exists()
-    assert record.read_config(folder)["config"]["my_number"] == 3
+    written = record.read_config(folder)["config"]
+    assert (written["my_number"], written["lag"], written["num_lags"], written["label"]) == (3, 0, 0, "x")
 
 
 def test_field_of_a_copied_file_is_checked_by_its_own_rule(copy, monkeypatch, capsys, tmp_path):
@@ -232,7 +243,21 @@ def test_field_of_a_copied_file_is_checked_by_its_own_rule(copy, monkeypatch, ca
         cli.parse_run(module.Config, module.init)
     text = capsys.readouterr().out
     assert "--my-number FLOAT in [2, 3]" in text
+    assert "--lag INT " in text
+    assert "--lag INT from" not in text
     assert "what I try" in text
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("fields", [{}, {"lag": -3, "num_lags": -1, "learning_rate_decay": -0.5}, {"label": "any"}])
+def test_field_without_a_rule_takes_any_number(copy, fields):
+    """Whatever it is called, and whether it is a leaf or static; only a number that is not finite is refused."""
+    spec = importlib.util.spec_from_file_location("my_idea", copy / "my_idea.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.check(module.Config(**fields))
+    with pytest.raises(ValueError, match=r"^learning_rate_decay=nan: must be finite"):
+        module.check(module.Config(learning_rate_decay=float("nan")))
 
 
 def test_mistake_in_the_shell_has_no_traceback(copy, tmp_path):

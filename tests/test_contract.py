@@ -320,6 +320,21 @@ def test_values_stop_at_a_termination_and_not_at_a_time_limit(name, env):
         np.testing.assert_allclose(values, (1 - 0.9 ** (10 - np.arange(10))) / (1 - 0.9), rtol=0.05)
 
 
+@every_file
+def test_last_observation_of_a_terminated_episode_may_be_nan(name):
+    """No target, loss or parameter depends on it, in episodes of three steps."""
+    module, config = ALGORITHMS[name], replace(CONFIGS[name], env="LastObsNaN-test")
+    env_state, _ = module.make_env(config.env).reset(random.key(0))
+    _, _, _, next_obs, terminated, _ = module.make_env(config.env).step(
+        env_state.replace(time=2), jnp.zeros(1), random.key(0)
+    )
+    assert terminated
+    assert np.isnan(next_obs).all()
+    state, metrics = jax.jit(module.train)(config, random.key(0))
+    for x in leaves((metrics, state.params, state.opt_state if hasattr(state, "opt_state") else ())):
+        assert np.isfinite(x).all()
+
+
 @every_actor_critic
 def test_comes_close_to_the_best_linear_quadratic_cost(name):
     """After 6,000 steps within a tenth of the best cost; with a wrong sign in a loss it is several times that."""
@@ -354,13 +369,12 @@ def test_comes_close_to_the_best_linear_quadratic_cost(name):
 def test_every_number_out_of_its_range_is_named(name):
     """For each field whose range is stated: the value just outside."""
     module = ALGORITHMS[name]
-    outside = {"> 0": 0.0, ">= 0": -0.5, "in [0, 1]": 1.5, "in (0, 1]": 0.0}
+    outside = {"> 0": 0.0, ">= 0": -0.5, "in [0, 1]": 1.5, "in (0, 1]": 0.0, "from 1 to 2147483647": 0}
     wrong = {field.name: math.nan for field in dataclasses.fields(module.Config) if field.type is float}
-    wrong |= {field.name: 0 for field in dataclasses.fields(module.Config) if field.type is int}
     wrong["hidden_sizes"] = (8, 0)
     for field in dataclasses.fields(module.Config):
         for rule in getattr(field.type, "__metadata__", ()):
-            wrong[field.name] = outside[rule] if field.type.__origin__ is float else -1
+            wrong[field.name] = -1 if field.type.__origin__ is int and rule == ">= 0" else outside[rule]
     assert len(wrong) > 5
     with pytest.raises(ValueError, match=r"^activation=gelu: must be one of relu, silu, elu, tanh"):
         module.init(replace(CONFIGS[name], activation="gelu"), random.key(0))
@@ -369,6 +383,38 @@ def test_every_number_out_of_its_range_is_named(name):
         shown = 0 if field == "hidden_sizes" else value
         with pytest.raises(ValueError, match=f"^{field}={shown}: must be "):
             module.init(config, random.key(0))
+
+
+MANY = 2**31 - 1
+COUNTED = [  # what a field amounts to after rounding up, or times others, is what counts
+    *(
+        (name, fields)
+        for name in ACTOR_CRITIC
+        for fields in (
+            {"total_steps": MANY},
+            {"total_steps": MANY - 1, "learning_starts": MANY, "num_envs": 7},
+            {"buffer_size": MANY},
+            {"utd_ratio": 1e9},
+        )
+    ),
+    ("reinforce", {"total_steps": MANY}),
+    *((name, {"num_base_points": MANY, "num_envs": 7}) for name in ("fqi", "fqi_amortized", "nfqca", "soft_fqi")),
+    *((name, {"num_iterations": MANY, "rounds": 1}) for name in ("fqi", "fqi_amortized", "nfqca")),
+    ("soft_fqi", {"num_iterations": MANY}),
+    *((name, {"num_iterations": 10**5, "iterations_per_epoch": MANY}) for name in ("svg", "svg_model")),
+    ("svg", {"num_iterations": 10**4, "num_rollouts": 10**3, "horizon": 10**3}),
+    ("svg_model", {"num_iterations": 10**5, "num_envs": 10**5}),
+    ("svg_model", {"buffer_size": MANY}),
+]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("name", "fields"), COUNTED)
+def test_counts_beyond_their_counter_are_named(name, fields):
+    """Counters are int32: whatever would exceed one is refused before anything is computed."""
+    field = next(iter(fields))
+    with pytest.raises(ValueError, match=rf"^{field}={fields[field]}: must be less: \d+ are too many to count"):
+        ALGORITHMS[name].init(replace(CONFIGS[name], **fields), random.key(0))
 
 
 @pytest.mark.quick

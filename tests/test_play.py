@@ -298,6 +298,54 @@ def test_film_of_an_environment_without_a_drawing(tmp_path):
     assert np.ptp(cursors) > 300
 
 
+def draw_three(name):
+    """Frames of an environment's first states, one for each of three keys, as bytes `[3, height, width, 3]`."""
+    env, env_params = gymnax.make(name)
+    obs, states = zip(*(env.reset(jax.random.key(seed), env_params) for seed in range(3)), strict=True)
+    frames = film.draw(name, jax.device_get(states), np.stack(obs), np.arange(3.0))
+    return np.stack([np.asarray(frame.convert("RGB"), int) for frame in frames])
+
+
+CLASSIC = [name for name in gymnax.registered_envs if name.endswith(("-v0", "-v1")) and "LQR" not in name]
+GRIDS = [name for name in gymnax.registered_envs if name.endswith("-MinAtar")] + ["Catch-bsuite", "DeepSea-bsuite"]
+# the others of bsuite, without MNISTBandit-bsuite, which needs a download
+VECTORS = [f"{name}-bsuite" for name in ("MemoryChain", "UmbrellaChain", "DiscountingChain", "SimpleBandit")]
+
+
+@pytest.mark.parametrize("name", [*CLASSIC, *GRIDS, *VECTORS])
+def test_every_environment_has_a_film(name):
+    """Three frames of one size; only vectors that nobody draws are shown as curves, which have a legend."""
+    frames = draw_three(name)
+    assert len(frames) == 3
+    assert len(np.unique(frames.reshape(-1, 3), axis=0)) > 1
+    assert (name in film.GYMNASIUM_STATE) == (name in CLASSIC)
+
+
+def test_film_of_cartpole_shows_the_cart():
+    """The cart is drawn where Gymnasium draws it, in each frame at its own place."""
+    env = gymnasium.make("CartPole-v1", render_mode="rgb_array")
+    state = gymnax.make("CartPole-v1")[0].reset(jax.random.key(0))[1]
+    states = [state.replace(x=x, theta=0.1) for x in (-1.0, 1.0)]
+    frames = [np.asarray(frame.convert("RGB"), int) for frame in film.draw("CartPole-v1", states, None, None)]
+    for x, frame in zip((-1.0, 1.0), frames, strict=True):
+        env.reset()
+        env.unwrapped.state = (x, 0, 0.1, 0)
+        assert (np.abs(frame - env.render()) > 40).mean() < 1e-3
+    assert (np.abs(frames[0] - frames[1]) > 40).mean() > 0.01
+
+
+@pytest.mark.quick
+def test_grids_have_a_color_for_each_channel():
+    obs = np.zeros((2, 4, 5, 3), bool)
+    obs[0, 1, 2, 0] = obs[1, 3, 4, 2] = True
+    first, second = (np.asarray(frame.convert("RGB"), int) for frame in film.draw_grids(obs))
+    assert first.shape == (320, 400, 3)
+    for frame, (row, column), color in ((first, (1, 2), (238, 119, 51)), (second, (3, 4), (51, 187, 238))):
+        cells = frame.reshape(4, 80, 5, 80, 3).mean(axis=(1, 3))
+        np.testing.assert_allclose(cells[row, column], color, atol=16)
+        assert (cells.sum(axis=-1) > 8).sum() == 1
+
+
 def test_point_robot_draws_itself():
     env, env_params = gymnax.make("PointRobot-misc")
     states = [env.reset(jax.random.key(seed), env_params)[1] for seed in (0, 1)]
@@ -385,6 +433,21 @@ def test_bad_policy_file(run_play, untrained, tmp_path, spoil, part):
     if spoil:
         path.write_bytes(spoil(good))
     assert_mistake(run_play(tmp_path), path, part)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_policy_of_another_precision_or_key_type(run_play, untrained, tmp_path, x64):
+    """It is played in the precision of the player, up to rounding alike; float64 is said to be another."""
+    expected = run_play(untrained, "--episodes", 2)[1]
+    config = td3.Config(env="Pendulum-v1", hidden_sizes=(8,), **TINY)
+    with jax.enable_x64(x64), jax.default_prng_impl("rbg"):
+        shapes = jax.eval_shape(td3.init, config, jax.random.key(0)).params
+        same = policy.load(untrained)[2]
+        folder = save_run(tmp_path / "seed_0", config, jax.tree.map(lambda x, y: np.asarray(x, y.dtype), same, shapes))
+    code, out, err = run_play(folder, "--episodes", 2)
+    assert (code, out) == (0, expected)
+    note = f"note: {folder / 'policy.npz'} was trained in float64, here float32\n"
+    assert err == (note if x64 else "")
 
 
 def test_policy_that_does_not_fit(run_play, untrained, tmp_path):

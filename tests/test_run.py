@@ -366,6 +366,17 @@ def test_resume_between_two_rounds(monkeypatch, capsys, unbroken, tmp_path):
     assert_finished(tmp_path, unbroken)
 
 
+def test_states_with_arrays_of_no_elements_are_saved_and_resumed(monkeypatch, tmp_path):
+    """Bitwise as unbroken: Orbax cannot save such arrays, and they come back with their shapes and types."""
+    config = replace(CONFIG, env="Empty-test")
+    assert execute(monkeypatch, tmp_path / "unbroken", config=config) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert execute(patch, tmp_path / "broken", config=config) == 130
+    assert execute(monkeypatch, tmp_path / "broken", "--resume", config=config) == 0
+    assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_resume_with_another_number_of_devices(monkeypatch, unbroken, tmp_path, number):
     """From two devices to one, killed there while the second run, restarted, is behind the checkpoint of both."""
@@ -528,6 +539,9 @@ def test_diverged_seeds_are_named_and_the_others_finish(monkeypatch, capsys, tmp
     named = [line for line in said.err.splitlines() if "diverged" in line]
     assert named == [f"seed {s} diverged: parameters are not finite after 112 steps" for s in lost]
     healthy = next(seed for seed in range(4) if seed not in lost)
+    ended = record.read_metrics(group(tmp_path) / f"seed_{lost[0]}")
+    assert ended["step"].tolist() == [80, 96, 112]
+    assert ended["finite"].tolist() == [1, 1, 0]
     rows = record.read_metrics(group(tmp_path) / f"seed_{healthy}")
     assert rows["step"].tolist() == STEPS
     assert np.isfinite(list(rows.values())).all()
@@ -541,9 +555,53 @@ def test_diverged_seeds_are_named_and_the_others_finish(monkeypatch, capsys, tmp
 def test_all_seeds_diverge(monkeypatch, capsys, tmp_path):
     assert execute(monkeypatch, tmp_path, "--learning-rate", "1e38") == 1
     said = capsys.readouterr()
-    assert said.err == "seed 0 diverged: parameters are not finite after 80 steps\n"
+    assert said.err == "seed 0 diverged: loss (critic_loss, actor_loss) is not finite after 80 steps\n"
     assert "greedy return" not in said.out
-    assert (group(tmp_path) / "curve.png").exists()
+    assert said.out.count("epoch ") == 1  # the command ends with its last run
+    files = contents(group(tmp_path))
+    assert set(files) == {"curve.png", *(f"seed_0/{name}" for name in ("config.json", "metrics.csv", "policy.npz"))}
+    assert execute(monkeypatch, tmp_path, "--learning-rate", "1e38", "--resume") == 1
+    said = capsys.readouterr()
+    assert "nothing to resume" in said.out
+    assert said.err == "seed 0 diverged after 80 steps\n"
+    assert contents(group(tmp_path)) == files
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "quantity"),
+    [
+        ("td3", "RewardNaN-test", "reward"),
+        ("td3", "ObsNaN-test", "observation"),
+        ("fqi", "RewardNaN-test", "reward"),
+        ("reinforce", "RewardNaN-test", "reward"),
+        ("svg", "RewardNaN-test", "reward"),
+    ],
+)
+def test_the_first_quantity_that_is_not_finite_is_named(monkeypatch, capsys, tmp_path, name, env, quantity):
+    """The environment fails from its third step on; the run ends at the next epoch, of two or more."""
+    config = replace(CONFIGS[name], env=env)
+    assert execute(monkeypatch, tmp_path, "--no-plot", module=ALGORITHMS[name], config=config) == 1
+    said = capsys.readouterr().err.splitlines()
+    columns = record.read_metrics(group(tmp_path, algorithm=name, env=env) / "seed_0")
+    assert (
+        said[-1]
+        == f"seed 0 diverged: {quantity} is not finite after {record.amount({n: x[-1] for n, x in columns.items()})}"
+    )
+    assert columns["finite"].tolist() == [0]
+
+
+def test_a_diverged_run_ends_alike_where_the_others_were_interrupted(monkeypatch, tmp_path):
+    """Killed before, and interrupted after some seeds diverged: the files are those of an unbroken command."""
+    flags = ("--num-seeds", "2")
+    assert execute(monkeypatch, tmp_path / "unbroken", *flags, epoch=poisoned_epoch) == 1
+    for num_epochs in (2, 2):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, num_epochs)
+            patch.setattr(run, "CHECKPOINT_SHARE", 1e9)
+            resume = ["--resume"] if (tmp_path / "broken").exists() else []
+            assert execute(patch, tmp_path / "broken", *flags, *resume, epoch=poisoned_epoch) == 130
+    assert execute(monkeypatch, tmp_path / "broken", *flags, "--resume", epoch=poisoned_epoch) == 1
+    assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
 
 
 # Curves

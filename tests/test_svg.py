@@ -219,7 +219,7 @@ def test_an_environment_without_transition_gradients_is_named():
 @pytest.mark.quick
 def test_steps_beyond_the_counter_are_named():
     config = replace(CONFIG, num_iterations=2**24, num_rollouts=128, horizon=1)
-    with pytest.raises(ValueError, match=f"^num_iterations={2**24}: must be less: {2**31} steps"):
+    with pytest.raises(ValueError, match=f"^num_iterations={2**24}: must be less: {2**31} are too many to count"):
         svg.init(config, random.key(0))
 
 

@@ -160,7 +160,7 @@ def test_a_horizon_beyond_the_warm_up_is_named():
 def test_steps_beyond_the_counter_are_named():
     """Four an iteration, and 64 of the warm-up."""
     config = replace(CONFIG, num_iterations=2**29 - 16)
-    with pytest.raises(ValueError, match=f"^num_iterations={2**29 - 16}: must be less: {2**31} steps"):
+    with pytest.raises(ValueError, match=f"^num_iterations={2**29 - 16}: must be less: {2**31} are too many to count"):
         svg_model.init(config, random.key(0))
 
 
