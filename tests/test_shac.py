@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Clock, assert_close, assert_same, exact_jit, fast_jit, replace
+from cases import Clock, assert_close, assert_same, fast_jit, replace
 from flax import struct
 from gymnax.environments import environment
 from jax import random
@@ -105,12 +105,12 @@ def objective(config, params, *window):
 
 
 @pytest.mark.parametrize(("env", "horizon"), [("LQR-v0", 20), ("Pendulum-v1", 200)])
-def test_a_window_of_an_episode_without_a_critic_has_the_gradient_of_svg(env, horizon):
-    """Bitwise, from the same first states with the same noise; the last step is the time limit."""
+def test_a_window_of_an_episode_without_a_critic_has_the_gradient_of_svg(float64, env, horizon):
+    """To rounding, from the same first states with the same noise; the last step is the time limit."""
     config, key = replace(CONFIG, env=env, gamma=0.95), random.key(0)
     params, env_state, obs, keys = window(config, key, horizon)
     params = params._replace(target_critic=zeros(params.target_critic))
-    (total, (*_, transitions)), ours = exact_jit(objective)(config, params, env_state, obs, keys)
+    (total, (*_, transitions)), ours = jax.jit(objective)(config, params, env_state, obs, keys)
     assert transitions.truncated[-1].all()
     svg_config = svg.Config(env=env, gamma=0.95, num_rollouts=4, horizon=horizon, hidden_sizes=(8, 8))
     starts = jax.vmap(lambda *x: ravel_pytree(x)[0])(obs, env_state)
@@ -118,10 +118,10 @@ def test_a_window_of_an_episode_without_a_critic_has_the_gradient_of_svg(env, ho
     policy = jax.vmap(lambda key: random.normal(key, (4, 1)))(keys_policy)
     env = jax.vmap(lambda key: jax.vmap(lambda key: random.split(key)[0])(random.split(key, 4)))(keys_env)
     noise = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), svg.Noise(policy, env))
-    expected, gradient = exact_jit(svg.policy_gradient)(params.actor, svg_config, starts, noise)
-    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    expected, gradient = jax.jit(svg.policy_gradient)(params.actor, svg_config, starts, noise)
+    np.testing.assert_allclose(total, expected, rtol=1e-12)
     assert np.linalg.norm(flat(gradient)) > 0.1
-    assert_same(ours, gradient)
+    np.testing.assert_allclose(flat(ours), flat(gradient), rtol=1e-10)
 
 
 def test_every_window_has_the_analytic_gradient_of_linear_quadratic_regulation(float64, monkeypatch):
@@ -149,7 +149,7 @@ def test_every_window_has_the_analytic_gradient_of_linear_quadratic_regulation(f
         s = s @ closed.T
     analytic = bound * (-2 * (R @ K + gamma * B.T @ P @ closed) @ visited).T
     gradient = jax.jit(objective)
-    for h in (1, 2, 5, 20, 60, num_steps):
+    for h in (1, 4, 30, num_steps):
         total, (start, start_obs) = 0.0, (env_state, obs)
         for i in range(num_steps // h):
             keys = random.split(random.key(i), h)
@@ -241,9 +241,7 @@ def test_update_is_one_step_of_the_policy_then_some_of_the_critic():
     target = shac.td_targets(config, steps, shac.critic(config, params.target_critic, steps.next_obs), 0.8).ravel()
     batch, critic, adam, critic_losses = steps.obs.reshape(20, -1), params.critic, opt_state.critic, []
     for rows in index:
-        loss, grads = jax.value_and_grad(shac.critic_loss)(
-            critic, config, steps.obs.reshape(20, -1)[rows], target[rows]
-        )
+        loss, grads = jax.value_and_grad(shac.critic_loss)(critic, config, batch[rows], target[rows])
         critic, adam = shac.apply_grads(config.critic_learning_rate, grads, critic, adam)
         critic_losses.append(loss)
     target_critic = jax.tree.map(lambda x, y: 0.3 * x + 0.7 * y, critic, params.target_critic)
