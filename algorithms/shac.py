@@ -48,9 +48,9 @@ class Config:
     """
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment with bounded continuous actions
-    total_steps: int = jax.tree.static(default=1_024_000)  # environment steps
-    steps_per_epoch: int = jax.tree.static(default=102_400)  # environment steps between evaluations
-    num_envs: int = jax.tree.static(default=64)  # environments stepped in parallel
+    total_steps: int = jax.tree.static(default=614_400)  # environment steps
+    steps_per_epoch: int = jax.tree.static(default=61_440)  # environment steps between evaluations
+    num_envs: int = jax.tree.static(default=32)  # environments stepped in parallel
     num_steps: int = jax.tree.static(default=32)  # steps of each environment per iteration, the length of a window
     num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
     critic_steps: int = jax.tree.static(default=16)  # updates of the critic per update of the policy
