@@ -1,16 +1,16 @@
 """Short-horizon actor-critic (SHAC): the pathwise derivative of short windows, with a critic for what comes after them.
 
-The windows continue running environments, so that gradients stay short and smooth however long the episodes are.
+Gradients stay short and smooth however long episodes are, and an update needs the steps of a window, not of a rollout.
 
     initialize policy a = tanh(mean_w(s) + std_w(s) * e), critic v, target critic v' as its copy, and environments
     repeat until total_steps environment steps:
-        continue num_envs environments for h = num_steps steps s_{t+1} = f(s_t, a_t, o_t), a_t as above, e_t standard
-            normal noise of the policy and o_t the noise of the environment
-        J = sum_{t<h} gamma^t r(s_t, a_t) + gamma^h v'(s_h)
-            (a sum of its own for each episode; after a termination no value)
+        continue num_envs environments for a window of h = num_steps steps s_{t+1} = f(s_t, a_t, o_t), a_t as above,
+            with standard normal noise e_t of the policy and the noise o_t of the environment
+        for each window: J = sum_{t<h} gamma^t r(s_t, a_t) + gamma^h v'(s_h); an episode that ends in it has its own
+            sum, with v' of its last state at a time limit and without v' at a termination
         one Adam step of w on -mean dJ/dw, by backpropagation, its norm clipped to max_grad_norm
         R_t = r_t + gamma * (1 - terminated_t) * ((1 - td_lambda) * v'(s_{t+1}) + td_lambda * R_{t+1}), backward in
-            time, with v'(s_{t+1}) for R_{t+1} at the end of an episode or window
+            time, with v'(s_{t+1}) for R_{t+1} at the end of the episode or window
         critic_steps Adam steps of v on mean (v(s_t) - R_t)^2, each for a batch of these steps
         v' <- tau * v + (1 - tau) * v'
 
