@@ -20,6 +20,7 @@ COLORS = {  # one per algorithm, in all figures; color-blind safe (Okabe and Ito
     "soft_fqi": "#888888",
     "svg": "#882255",
     "svg_model": "#44AA99",
+    "shac": "#332288",
     "reinforce": "#999933",
 }
 

@@ -15,7 +15,20 @@ from flax import struct
 from gymnax.environments import environment, spaces
 from jax import random
 
-from amortax.algorithms import ddpg, fqi, fqi_amortized, nfqca, reinforce, sac, sac_value, soft_fqi, svg, svg_model, td3
+from amortax.algorithms import (
+    ddpg,
+    fqi,
+    fqi_amortized,
+    nfqca,
+    reinforce,
+    sac,
+    sac_value,
+    shac,
+    soft_fqi,
+    svg,
+    svg_model,
+    td3,
+)
 
 # 16 updates an epoch, two epochs, and a buffer that wraps around; most tests share its compiled programs
 SMALL = {
@@ -66,6 +79,7 @@ SMALL_REINFORCE = {
 ACTOR_CRITIC = {"ddpg": ddpg, "td3": td3, "sac_value": sac_value, "sac": sac}
 FITTED = {"fqi": fqi, "fqi_amortized": fqi_amortized, "nfqca": nfqca, "soft_fqi": soft_fqi}
 ALGORITHMS = ACTOR_CRITIC | FITTED | {"reinforce": reinforce, "svg": svg, "svg_model": svg_model}
+ALGORITHMS |= {"shac": shac}
 CONFIGS = {
     "ddpg": ddpg.Config(**SMALL, target_period=8),
     "td3": td3.Config(**SMALL),
@@ -78,6 +92,7 @@ CONFIGS = {
     "reinforce": reinforce.Config(**SMALL_REINFORCE),
     "svg": svg.Config(**SMALL_SVG),
     "svg_model": svg_model.Config(**SMALL_SVG_MODEL),
+    "shac": shac.Config(**SMALL_REINFORCE),
 }
 # for what two programs must have bitwise the same: without fusions, XLA's sums depend on what stands around them
 FUSIONS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "algorithms"
-EVERY = "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi reinforce svg svg_model"
+EVERY = "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi reinforce svg svg_model shac"
 OFF_POLICY = "td3 ddpg sac_value sac"
 REPLAY = "td3 ddpg sac_value sac svg_model"
 BOX = "td3 ddpg sac_value sac nfqca svg svg_model"
@@ -51,6 +51,10 @@ SHARED = [  # names of top-level definitions, and the files that have them; the 
     ("apply_grads", "reinforce svg_model"),
     ("apply_grads", "td3 svg"),
     ("gaussian actor sample_action epoch", "svg svg_model"),
+    ("greedy Env RULES num_iterations train OptState", "td3 shac"),
+    ("State critic_loss apply_grads rollout num_epochs epoch", "reinforce shac"),
+    ("gaussian actor sample_action", "svg shac"),
+    ("optimizer", "svg_model shac"),
 ]
 
 

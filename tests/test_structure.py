@@ -251,6 +251,7 @@ def test_reader_finds(step, opcode):
     [
         *(("td3", env) for env in (*envs.CONTINUOUS_ENVS, "LQR-v0")),
         *((name, "PointRobot-misc") for name in ("ddpg", "sac_value", "sac", "svg", "svg_model", "nfqca", "fqi")),
+        ("shac", "Reacher-misc"),
         ("fqi", "CartPole-v1"),
         ("reinforce", "CartPole-v1"),
         ("reinforce", "PointRobot-misc"),
