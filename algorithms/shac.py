@@ -27,7 +27,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import gymnax
 import jax
@@ -37,6 +37,8 @@ import optax
 from jax import lax, random
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # bounds of the policy's log standard deviation
+
+Count = Annotated[int, "from 1 to 2147483647"]  # a plain int may be 0 or negative
 
 
 @jax.tree_util.register_dataclass
@@ -48,14 +50,14 @@ class Config:
     """
 
     env: str = jax.tree.static(default="Pendulum-v1")  # gymnax environment with bounded continuous actions
-    total_steps: int = jax.tree.static(default=614_400)  # environment steps
-    steps_per_epoch: int = jax.tree.static(default=61_440)  # environment steps between evaluations
-    num_envs: int = jax.tree.static(default=32)  # environments stepped in parallel
-    num_steps: int = jax.tree.static(default=32)  # steps of each environment per iteration, the length of a window
-    num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
-    critic_steps: int = jax.tree.static(default=16)  # updates of the critic per update of the policy
-    batch_size: int = jax.tree.static(default=256)  # transitions per update of the critic
-    hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
+    total_steps: Count = jax.tree.static(default=614_400)  # environment steps
+    steps_per_epoch: Count = jax.tree.static(default=61_440)  # environment steps between evaluations
+    num_envs: Count = jax.tree.static(default=32)  # environments stepped in parallel
+    num_steps: Count = jax.tree.static(default=32)  # steps of each environment per iteration, the length of a window
+    num_eval_episodes: Count = jax.tree.static(default=128)  # greedy episodes per evaluation
+    critic_steps: Count = jax.tree.static(default=16)  # updates of the critic per update of the policy
+    batch_size: Count = jax.tree.static(default=256)  # transitions per update of the critic
+    hidden_sizes: tuple[Count, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     actor_learning_rate: Annotated[float, "> 0"] = 2e-3  # Adam's step size for the policy
     critic_learning_rate: Annotated[float, "> 0"] = 2e-3  # Adam's step size for the critic
@@ -246,8 +248,9 @@ def explore(config, params, obs, key):
 
 
 def act(config, params, obs):
-    """Greedy action in the environment's units and shape, for one observation of any shape."""
-    return make_env(config.env).rescale(greedy(config, params, flatten(obs)))
+    """Greedy action in the environment's units and shape, for one of its observations."""
+    env = make_env(config.env)
+    return env.rescale(greedy(config, params, env.flatten(obs)))
 
 
 # Environment
@@ -261,14 +264,11 @@ class Env(NamedTuple):
 
     obs_dim: int
     action_dim: int
+    max_steps: int  # bound of evaluation episodes
+    flatten: Callable  # observation of any shape and type -> the same as floats [obs_dim], one-hot if Discrete
     reset: Callable  # key -> (env_state, obs)
     step: Callable  # (env_state, action, key) -> (env_state, obs, reward, next_obs, terminated, truncated)
     rescale: Callable  # action -> the same in the environment's bounds and shape
-
-
-def flatten(obs):
-    """One observation, of any shape and type, as floats `[obs_dim]`."""
-    return jnp.ravel(obs).astype(float)
 
 
 @functools.cache
@@ -281,11 +281,17 @@ def make_env(name):
         env, env_params = gymnax.make(name)
         space = env.action_space(env_params)
         low, high = (np.broadcast_to(getattr(space, bound, np.nan), space.shape) for bound in ("low", "high"))
-    if not np.isfinite([low, high]).all():
-        raise ValueError(f"env={name}: must have actions in a Box with finite bounds")
+        max_steps = max(10_000, getattr(env_params, "max_steps_in_episode", 0))  # there may be no time limit
+    fits = jnp.issubdtype(space.dtype, jnp.floating) and (np.abs([low, high]) < 1e38).all()  # finite also high - low
+    if not fits:
+        raise ValueError(f"env={name}: must have actions in a Box of floats with finite bounds")
     if not env.supports_transition_gradients:
         raise ValueError(f"env={name}: must have transition gradients")
     env = env.with_transition_gradients()
+
+    def flatten(obs):
+        one_of_n = jnp.ndim(obs) == 0 and jnp.issubdtype(jnp.result_type(obs), jnp.integer)
+        return jax.nn.one_hot(obs, env.observation_space(env_params).n) if one_of_n else jnp.ravel(obs).astype(float)
 
     def rescale(action):
         return low + (action.reshape(low.shape) + 1) / 2 * (high - low)
@@ -300,7 +306,7 @@ def make_env(name):
         next_obs = jnp.where(terminated | truncated, flatten(info["final_observation"]), flatten(obs))
         return env_state, flatten(obs), reward, next_obs, terminated, truncated
 
-    return Env(jax.eval_shape(reset, random.key(0))[1].size, low.size, reset, step, rescale)
+    return Env(jax.eval_shape(reset, random.key(0))[1].size, low.size, max_steps, flatten, reset, step, rescale)
 
 
 def rollout(config, params, policy, env_state, obs, keys):
@@ -336,15 +342,15 @@ def evaluate(config, params, key):
     env = make_env(config.env)
 
     def step(carry):
-        env_state, obs, total, _, key = carry
+        env_state, obs, total, steps_left, key = carry
         key, key_step = random.split(key)
         env_state, obs, reward, _, terminated, truncated = env.step(env_state, greedy(config, params, obs), key_step)
-        return env_state, obs, total + reward, terminated | truncated, key
+        return env_state, obs, total + reward, jnp.where(terminated | truncated, 0, steps_left - 1), key
 
     def episode(key):
         key, key_reset = random.split(key)
-        carry = (*env.reset(key_reset), jnp.zeros(()), False, key)
-        return lax.while_loop(lambda carry: ~carry[3], step, carry)[2]
+        carry = (*env.reset(key_reset), jnp.zeros(()), env.max_steps, key)
+        return lax.while_loop(lambda carry: carry[3] > 0, step, carry)[2]
 
     return jax.vmap(episode)(random.split(key, config.num_eval_episodes))
 
@@ -358,15 +364,18 @@ RULES = {
 }
 
 
-def check(config):
+def check(config, **counts):
     """ValueError `field=value: must be RULE` where a number breaks its field's rule; traced ones cannot be checked."""
+    for name, count in counts.items():  # what fields amount to, rounded up: counters are int32
+        if count >= 2**31:
+            raise ValueError(f"{name}={getattr(config, name)}: must be less: {count} are too many to count")
     for field in dataclasses.fields(config):
-        count, choices = field.type in (int, tuple[int, ...]), get_args(field.type)
-        (rule,) = getattr(field.type, "__metadata__", ["from 1 to 2147483647" if count else "finite"])
+        kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+        (rule,) = getattr(kind, "__metadata__", ["finite"])
         for x in jax.tree.leaves(getattr(config, field.name)):
             if isinstance(x, str):
-                if field.type is not str and x not in choices:
-                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(choices)}")
+                if get_origin(kind) is Literal and x not in get_args(kind):
+                    raise ValueError(f"{field.name}={x}: must be one of {', '.join(get_args(kind))}")
             elif not isinstance(x, jax.core.Tracer) and not np.all(RULES[rule](x)):
                 raise ValueError(f"{field.name}={x}: must be {rule}")
 
@@ -384,6 +393,8 @@ def num_epochs(config):
 def init(config, key):
     """Networks and environments; ValueError where `config` does not fit."""
     check(config)
+    iterations = num_epochs(config) * num_iterations(config, config.steps_per_epoch)
+    check(config, total_steps=iterations * config.num_envs * config.num_steps)
     env = make_env(config.env)
     key, key_eval, key_actor, key_critic, key_env = random.split(key, 5)
     env_state, obs = jax.vmap(env.reset)(random.split(key_env, config.num_envs))

@@ -271,7 +271,7 @@ def test_gradients_that_are_not_finite_are_left_out_and_counted():
     ("flags", "error"),
     [
         ("--env Table-test", "--env Table-test: must have transition gradients"),
-        ("--env CartPole-v1", "--env CartPole-v1: must have actions in a Box with finite bounds"),
+        ("--env CartPole-v1", "--env CartPole-v1: must have actions in a Box of floats with finite bounds"),
         ("--td-lambda 1.5", "--td-lambda 1.5: must be in [0, 1]"),
         ("--num-steps 0", "--num-steps 0: must be from 1 to 2147483647"),
     ],
