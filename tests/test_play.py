@@ -440,9 +440,10 @@ def test_policy_of_another_precision_or_key_type(run_play, untrained, tmp_path, 
     """It is played in the precision of the player, up to rounding alike; float64 is said to be another."""
     expected = run_play(untrained, "--episodes", 2)[1]
     config = td3.Config(env="Pendulum-v1", hidden_sizes=(8,), **TINY)
+    learned = jax.tree.leaves(policy.load(untrained)[2])
     with jax.enable_x64(x64), jax.default_prng_impl("rbg"):
         shapes = jax.eval_shape(td3.init, config, jax.random.key(0)).params
-        same = policy.load(untrained)[2]
+        same = jax.tree.unflatten(jax.tree.structure(shapes), learned)
         folder = save_run(tmp_path / "seed_0", config, jax.tree.map(lambda x, y: np.asarray(x, y.dtype), same, shapes))
     code, out, err = run_play(folder, "--episodes", 2)
     assert (code, out) == (0, expected)
