@@ -16,8 +16,10 @@ def check_config(config, function):
     try:
         result = jax.eval_shape(lambda key: function(config, key), jax.random.key(0))
     except ValueError as error:
-        about_env = str(error).startswith("env=")
-        cli.fail_field(config, error, f"; some that fit: {', '.join(envs.CONTINUOUS_ENVS)}" if about_env else "")
+        about_env, fitting = str(error).startswith("env="), envs.CONTINUOUS_ENVS
+        if "in a Box" not in str(error):
+            fitting = envs.DISCRETE_ENVS
+        cli.fail_field(config, error, f"; some that fit: {', '.join(fitting)}" if about_env else "")
     needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(result))
     if "SC_PHYS_PAGES" in os.sysconf_names and jax.default_backend() == "cpu":
         present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

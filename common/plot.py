@@ -21,6 +21,8 @@ COLORS = {  # one per algorithm, in all figures; color-blind safe (Okabe and Ito
     "svg": "#882255",
     "svg_model": "#44AA99",
     "reinforce": "#999933",
+    "ppo": "#332288",
+    "dqn": "#117733",
 }
 
 
