@@ -89,7 +89,9 @@ SMALL_PPO = {
 }
 ACTOR_CRITIC = {"ddpg": ddpg, "td3": td3, "sac_value": sac_value, "sac": sac}
 FITTED = {"fqi": fqi, "fqi_amortized": fqi_amortized, "nfqca": nfqca, "soft_fqi": soft_fqi}
-ALGORITHMS = ACTOR_CRITIC | FITTED | {"dqn": dqn, "reinforce": reinforce, "ppo": ppo, "svg": svg, "svg_model": svg_model}
+ALGORITHMS = (
+    ACTOR_CRITIC | FITTED | {"dqn": dqn, "reinforce": reinforce, "ppo": ppo, "svg": svg, "svg_model": svg_model}
+)
 CONFIGS = {
     "ddpg": ddpg.Config(**SMALL, target_period=8),
     "td3": td3.Config(**SMALL),
