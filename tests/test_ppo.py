@@ -267,7 +267,7 @@ def check_update(ppo, env="CartPole-v1", scale=1.0):
     left = 1 - 0.8 * 3 / 1600  # of the learning rates
     actor_step, _ = np_adam(actor_gradient, opt_state.actor[1][0], left * config.actor_learning_rate)
     critic_step, norm = np_adam(critic_gradient, opt_state.critic[1][0], left * config.critic_learning_rate)
-    steps = jax.tree.map(lambda x, y: x - y, got[:2], params[:2])
+    steps = jax.tree.map(lambda x, y: np.asarray(x) - y, got[:2], params[:2])
     assert_close(steps, (actor_step, critic_step), rtol=0, atol=1e-9)
     np.testing.assert_allclose(losses[:3], [value_loss(params.critic), surrogate(params.actor), entropy(params.actor)])
     return norm
@@ -294,7 +294,7 @@ def test_update_equals_the_hand_worked_case(env, scale):
 )
 def test_the_hand_worked_case_catches(tmp_path, old, new):
     broken = load_broken(ppo, tmp_path, old, new)
-    with pytest.raises((AssertionError, ValueError), match=r"Not equal to tolerance|not enough values"):
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check_update(broken)
 
 
@@ -323,9 +323,7 @@ def test_every_pass_goes_through_all_transitions_once(monkeypatch):
 def test_learning_rates_fall_to_their_share_over_the_run():
     """The steps of Adam under a constant gradient, at the start, half-way and before the last update."""
     config = replace(CONFIG, learning_rate_decay=1.0)
-    num_updates = 2 * 1 * 8  # epochs, iterations of each, updates of an iteration
-    assert ppo.num_epochs(config) == 1 or num_updates == 16
-    total = ppo.num_epochs(config) * ppo.num_iterations(config, config.steps_per_epoch) * 8
+    total = 1 * 1 * 8  # epochs, iterations of each, updates of an iteration
     for decay, count in ((1.0, 0), (1.0, total // 2), (1.0, total - 1), (0.0, total - 1)):
         optimizer = ppo.optimizer(replace(config, learning_rate_decay=decay), 0.01)
         clip, (adam, schedule) = optimizer.init(jnp.ones(()))
