@@ -270,12 +270,9 @@ def update(config, params, opt_state, batch):
         advantage = (advantage - advantage.mean()) / (advantage.std(ddof=1) + 1e-8)
     grads, actor_losses = jax.grad(actor_loss, has_aux=True)(params.actor, config, batch, advantage)
     loss, critic_grads = jax.value_and_grad(critic_loss)(params.critic, config, batch.obs, batch.target)
-    actor_params, actor_opt_state = apply_grads(
-        config, config.actor_learning_rate, grads, params.actor, opt_state.actor
-    )
-    critic_params, critic_opt_state = apply_grads(
-        config, config.critic_learning_rate, critic_grads, params.critic, opt_state.critic
-    )
+    step = functools.partial(apply_grads, config)
+    actor_params, actor_opt_state = step(config.actor_learning_rate, grads, params.actor, opt_state.actor)
+    critic_params, critic_opt_state = step(config.critic_learning_rate, critic_grads, params.critic, opt_state.critic)
     params = params._replace(actor=actor_params, critic=critic_params)
     return params, OptState(actor_opt_state, critic_opt_state), (loss, *actor_losses)
 
