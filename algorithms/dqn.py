@@ -58,15 +58,15 @@ class Config:
     steps_per_epoch: int = jax.tree.static(default=5_000)  # environment steps between evaluations
     num_envs: int = jax.tree.static(default=8)  # environments stepped in parallel
     num_steps: int = jax.tree.static(default=1)  # steps of each environment per iteration
-    utd_ratio: Annotated[float, "> 0"] = jax.tree.static(default=1.0)  # updates per environment step
+    utd_ratio: Annotated[float, "> 0"] = jax.tree.static(default=0.5)  # updates per environment step
     num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
     buffer_size: int = jax.tree.static(default=100_000)  # transitions in the replay buffer
-    batch_size: int = jax.tree.static(default=256)  # transitions per update
+    batch_size: int = jax.tree.static(default=128)  # transitions per update
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     double: bool = jax.tree.static(default=True)  # choose the next action by the online network
     loss: Literal["huber", "squared"] = jax.tree.static(default="huber")  # of the temporal-difference errors
-    target_period: int = jax.tree.static(default=40)  # updates per update of the target
+    target_period: int = jax.tree.static(default=200)  # updates per update of the target
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
     tau: Annotated[float, "in [0, 1]"] = 1.0  # step of the target towards the online network

@@ -258,8 +258,8 @@ def test_learns_the_values_of_value_iteration(seed, double):
         total_steps=5_000,
         steps_per_epoch=4_000,
         num_envs=4,
+        utd_ratio=1.0,
         num_eval_episodes=1,
-        batch_size=128,
         double=double,
         target_period=20,
         learning_rate=1e-2,
@@ -296,3 +296,9 @@ def test_updates_find_the_values_of_a_random_process(loss):
     start = dqn.Params(layers, layers), dqn.OptState(dqn.optimizer(config).init(layers))
     (params, _), _ = fast_jit(lambda *x: lax.scan(step, *x))(start, jnp.geomspace(3e-2, 1e-5, 2_000))
     np.testing.assert_allclose(dqn.q_values(config, params.critic, eye), expected, atol=1e-3)
+
+
+def test_balances_the_pole():
+    """Defaults but for the number of evaluations."""
+    config = dqn.Config(num_eval_episodes=16, steps_per_epoch=49_000)
+    assert fast_jit(dqn.train)(config, random.key(0))[1].eval_returns[-1].mean() >= 475

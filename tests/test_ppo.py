@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from cases import CONFIGS, assert_close, assert_same, finite_differences, load_broken, np_mlp, random_layers, replace
+from cases import (
+    CONFIGS,
+    assert_close,
+    assert_same,
+    fast_jit,
+    finite_differences,
+    load_broken,
+    np_mlp,
+    random_layers,
+    replace,
+)
 from jax import random
 
 from amortax.algorithms import ppo, reinforce
@@ -330,3 +340,12 @@ def test_learning_rates_fall_to_their_share_over_the_run():
         opt_state = clip, (adam, schedule._replace(count=jnp.int32(count)))
         step, _ = optimizer.update(jnp.full((), 0.3), opt_state)
         np.testing.assert_allclose(step, -0.01 * (1 - decay * count / total), rtol=1e-3)
+
+
+# Learning
+
+
+def test_balances_the_pole():
+    """In 30,000 steps, a fifth of what REINFORCE takes."""
+    config = ppo.Config(total_steps=30_000, steps_per_epoch=30_000)
+    assert fast_jit(ppo.train)(config, random.key(0))[1].eval_returns[-1].mean() >= 475
