@@ -101,7 +101,7 @@ CONFIGS = {
     "fqi_amortized": fqi_amortized.Config(**SMALL_FITTED, maximizer_steps=2),
     "nfqca": nfqca.Config(**SMALL_FITTED, rounds=2),
     "soft_fqi": soft_fqi.Config(**SMALL_FITTED, integral="importance", num_samples=4),
-    "dqn": dqn.Config(**SMALL, target_period=8, epsilon_steps=80.0),
+    "dqn": dqn.Config(**SMALL, utd_ratio=1.0, target_period=8, epsilon_steps=80.0),
     "reinforce": reinforce.Config(**SMALL_REINFORCE),
     "ppo": ppo.Config(**SMALL_PPO),
     "svg": svg.Config(**SMALL_SVG),

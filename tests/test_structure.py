@@ -36,7 +36,7 @@ every_algorithm = pytest.mark.parametrize(
         (td3, CONFIG),
         (sac_value, sac_value.Config(**SIZES)),
         (sac, sac.Config(**SIZES)),
-        (dqn, dqn.Config(**SIZES, target_period=4)),
+        (dqn, dqn.Config(**SIZES, utd_ratio=1.0, target_period=4)),
         (svg_model, svg_model.Config(**SVG)),
         (svg_model, svg_model.Config(**SVG, noise="inferred")),
     ],
