@@ -55,23 +55,23 @@ class Config:
     total_steps: int = jax.tree.static(default=100_000)  # environment steps
     steps_per_epoch: int = jax.tree.static(default=10_000)  # environment steps between evaluations
     num_envs: int = jax.tree.static(default=8)  # environments stepped in parallel
-    num_steps: int = jax.tree.static(default=128)  # steps of each environment per iteration
+    num_steps: int = jax.tree.static(default=256)  # steps of each environment per iteration
     num_eval_episodes: int = jax.tree.static(default=128)  # greedy episodes per evaluation
     update_epochs: int = jax.tree.static(default=10)  # passes over the transitions of an iteration
-    num_minibatches: int = jax.tree.static(default=8)  # updates per pass
+    num_minibatches: int = jax.tree.static(default=16)  # updates per pass
     normalize_advantage: bool = jax.tree.static(default=True)  # to mean 0 and standard deviation 1 in each minibatch
     normalize_obs: bool = jax.tree.static(default=False)  # by their running mean and variance
     hidden_sizes: tuple[int, ...] = jax.tree.static(default=(64, 64))  # widths of the hidden layers
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
-    actor_learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for the policy
-    critic_learning_rate: Annotated[float, "> 0"] = 3e-3  # Adam's step size for the value
+    actor_learning_rate: Annotated[float, "> 0"] = 5e-4  # Adam's step size for the policy
+    critic_learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size for the value
     learning_rate_decay: Annotated[float, "in [0, 1]"] = 1.0  # share of the step sizes that is lost during the run
     max_grad_norm: Annotated[float, "> 0"] = 0.5  # bound of the gradient's norm
     clip: Annotated[float, "> 0"] = 0.2  # bound of the ratio's distance from 1
     entropy_coef: Annotated[float, ">= 0"] = 0.0  # weight of the policy's entropy
-    gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
-    gae_lambda: Annotated[float, "in [0, 1]"] = 0.95  # decay of generalized advantage estimation, 1 is Monte Carlo
-    initial_std: Annotated[float, "> 0"] = 0.5  # initial standard deviation of continuous actions in [-1, 1]
+    gamma: Annotated[float, "in [0, 1]"] = 0.97  # discount per environment step
+    gae_lambda: Annotated[float, "in [0, 1]"] = 0.9  # decay of generalized advantage estimation, 1 is Monte Carlo
+    initial_std: Annotated[float, "> 0"] = 1.0  # initial standard deviation of continuous actions in [-1, 1]
 
 
 class Transition(NamedTuple):

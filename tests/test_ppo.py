@@ -347,5 +347,14 @@ def test_learning_rates_fall_to_their_share_over_the_run():
 
 def test_balances_the_pole():
     """In 30,000 steps, a fifth of what REINFORCE takes."""
-    config = ppo.Config(total_steps=30_000, steps_per_epoch=30_000)
+    config = ppo.Config(
+        total_steps=30_000,
+        steps_per_epoch=30_000,
+        num_steps=128,
+        num_minibatches=8,
+        actor_learning_rate=1e-3,
+        critic_learning_rate=3e-3,
+        gamma=0.99,
+        gae_lambda=0.95,
+    )
     assert fast_jit(ppo.train)(config, random.key(0))[1].eval_returns[-1].mean() >= 475
