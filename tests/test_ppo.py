@@ -226,7 +226,8 @@ def np_adam(gradient, adam, rate):
 def hand_case(ppo, env, scale):
     """Config, parameters, Adam's state after three of 1,600 updates, and a minibatch, in float64."""
     rng = np.random.default_rng(0)
-    fields = {"learning_rate_decay": 0.8, "entropy_coef": 0.1, "clip": 0.2, "max_grad_norm": 0.5}
+    fields = {"actor_learning_rate": 1e-3, "critic_learning_rate": 3e-3, "learning_rate_decay": 0.8}
+    fields |= {"entropy_coef": 0.1, "clip": 0.2, "max_grad_norm": 0.5, "update_epochs": 10}
     config = ppo.Config(
         env, total_steps=4000, num_envs=5, num_steps=20, steps_per_epoch=1000, num_minibatches=4, **fields
     )
