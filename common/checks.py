@@ -22,7 +22,8 @@ def check_config(config, function):
         if envs.explain(getattr(config, "env", None), error):
             raise
         about_env = str(error).startswith("env=")
-        cli.fail_field(config, error, f"; some that fit: {', '.join(envs.CONTINUOUS_ENVS)}" if about_env else "")
+        fitting = envs.CONTINUOUS_ENVS if "in a Box" in str(error) else envs.DISCRETE_ENVS
+        cli.fail_field(config, error, f"; some that fit: {', '.join(fitting)}" if about_env else "")
     needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(result))
     present = devices.total_memory()
     if jax.default_backend() == "cpu" and needed > present:

@@ -17,6 +17,7 @@ from amortax.common.cli import fail
 
 # named here, not found by trying: gymnax makes some environments only after a download
 CONTINUOUS_ENVS = ("Pendulum-v1", "MountainCarContinuous-v0", "PointRobot-misc", "Reacher-misc", "Swimmer-misc")
+DISCRETE_ENVS = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Breakout-MinAtar", "SpaceInvaders-MinAtar")
 
 
 def register(name, changes=(), show_traceback=False):

@@ -22,6 +22,8 @@ COLORS = {  # one per algorithm, in all figures; color-blind safe (Okabe and Ito
     "svg_model": "#44AA99",
     "shac": "#332288",
     "reinforce": "#999933",
+    "ppo": "#332288",
+    "dqn": "#117733",
 }
 
 

@@ -17,9 +17,11 @@ from jax import random
 
 from amortax.algorithms import (
     ddpg,
+    dqn,
     fqi,
     fqi_amortized,
     nfqca,
+    ppo,
     reinforce,
     sac,
     sac_value,
@@ -76,10 +78,21 @@ SMALL_REINFORCE = {
     "batch_size": 8,
     "hidden_sizes": (8, 8),
 }
+SMALL_PPO = {
+    "total_steps": 64,
+    "steps_per_epoch": 32,
+    "num_envs": 4,
+    "num_steps": 4,
+    "num_eval_episodes": 2,
+    "update_epochs": 2,
+    "num_minibatches": 2,
+    "normalize_obs": True,
+    "hidden_sizes": (8, 8),
+}
 ACTOR_CRITIC = {"ddpg": ddpg, "td3": td3, "sac_value": sac_value, "sac": sac}
 FITTED = {"fqi": fqi, "fqi_amortized": fqi_amortized, "nfqca": nfqca, "soft_fqi": soft_fqi}
-ALGORITHMS = ACTOR_CRITIC | FITTED | {"reinforce": reinforce, "svg": svg, "svg_model": svg_model}
-ALGORITHMS |= {"shac": shac}
+ALGORITHMS = ACTOR_CRITIC | FITTED | {"dqn": dqn, "reinforce": reinforce, "ppo": ppo}
+ALGORITHMS |= {"svg": svg, "svg_model": svg_model, "shac": shac}
 CONFIGS = {
     "ddpg": ddpg.Config(**SMALL, target_period=8),
     "td3": td3.Config(**SMALL),
@@ -89,7 +102,9 @@ CONFIGS = {
     "fqi_amortized": fqi_amortized.Config(**SMALL_FITTED, maximizer_steps=2),
     "nfqca": nfqca.Config(**SMALL_FITTED, rounds=2),
     "soft_fqi": soft_fqi.Config(**SMALL_FITTED, integral="importance", num_samples=4),
+    "dqn": dqn.Config(**SMALL, utd_ratio=1.0, target_period=8, epsilon_steps=80.0),
     "reinforce": reinforce.Config(**SMALL_REINFORCE),
+    "ppo": ppo.Config(**SMALL_PPO),
     "svg": svg.Config(**SMALL_SVG),
     "svg_model": svg_model.Config(**SMALL_SVG_MODEL),
     "shac": shac.Config(**SMALL_REINFORCE),

@@ -11,33 +11,36 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "algorithms"
-EVERY = "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi reinforce svg svg_model shac"
-OFF_POLICY = "td3 ddpg sac_value sac"
-REPLAY = "td3 ddpg sac_value sac svg_model"
+EVERY = "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi dqn reinforce ppo svg svg_model shac"
+OFF_POLICY = "td3 ddpg sac_value sac dqn"
+REPLAY = "td3 ddpg sac_value sac dqn svg_model"
 BOX = "td3 ddpg sac_value sac nfqca svg svg_model"
-DISCRETE = "fqi fqi_amortized soft_fqi reinforce"
+DISCRETE = "fqi fqi_amortized soft_fqi reinforce ppo"
 FITTED = "fqi fqi_amortized nfqca soft_fqi"
 
 SHARED = [  # names of top-level definitions, and the files that have them; the first file is the reference
     ("Count mlp_init mlp act evaluate check", EVERY),
-    ("train", "td3 ddpg sac_value sac reinforce svg svg_model"),
-    ("Transition", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi svg_model"),
-    ("optimizer apply_grads", "td3 ddpg sac_value sac fqi fqi_amortized nfqca soft_fqi"),
-    ("rollout", "td3 sac_value sac fqi fqi_amortized nfqca soft_fqi svg_model"),
+    ("train", "td3 ddpg sac_value sac dqn reinforce ppo svg svg_model"),
+    ("Transition", "td3 ddpg sac_value sac dqn fqi fqi_amortized nfqca soft_fqi svg_model"),
+    ("optimizer apply_grads", "td3 ddpg sac_value sac dqn fqi fqi_amortized nfqca soft_fqi"),
+    ("rollout", "td3 sac_value sac dqn fqi fqi_amortized nfqca soft_fqi svg_model"),
     ("greedy Env make_env", BOX),
     ("example store sample_rows read", REPLAY),
     ("critic", "td3 ddpg sac_value sac fqi_amortized nfqca"),
     ("num_epochs", OFF_POLICY),
-    ("RULES num_iterations", "td3 ddpg sac_value sac reinforce"),
+    ("RULES num_iterations", "td3 ddpg sac_value sac dqn reinforce ppo"),
     ("RULES", "td3 svg svg_model"),
-    ("State twin_critics critic_loss collect", "td3 sac_value sac"),
+    ("State collect", "td3 sac_value sac dqn"),
+    ("twin_critics critic_loss", "td3 sac_value sac"),
     ("warm_up", "td3 sac_value sac svg_model"),
     ("OptState", "td3 ddpg reinforce"),
     ("actor", "td3 ddpg fqi_amortized nfqca"),
     ("explore", "td3 nfqca"),
     ("actor policy sample_action", "sac_value sac soft_fqi"),
     ("explore iteration epoch", "sac_value sac"),
-    ("epoch", "sac reinforce"),
+    ("epoch", "sac reinforce ppo"),
+    ("Transition Actor OptState State policy critic advantages critic_loss encode rollout num_epochs", "reinforce ppo"),
+    ("epoch", "ddpg dqn"),
     ("Env make_env", DISCRETE),
     ("RULES critic_loss fit scale_inputs collect prepare train", FITTED),
     ("repeat steps_per_round add_round num_epochs keep_best epoch", "fqi fqi_amortized nfqca"),

@@ -12,7 +12,7 @@ import pytest
 from cases import CONFIGS, replace
 from test_run import flags_of
 
-from amortax.algorithms import ddpg, fqi, nfqca, soft_fqi, td3
+from amortax.algorithms import ddpg, dqn, fqi, nfqca, ppo, soft_fqi, td3
 from amortax.common import checks, cli, envs, record, run
 
 SCRIPT = Path(td3.__file__)
@@ -39,6 +39,12 @@ MISTAKES = [
     (td3, "--env pendulum", ["--env pendulum: no such", "nearest: Pendulum-v1"]),
     (td3, "--env zzz", ["--env zzz: no such", "Reacher-misc"]),
     (td3, "--env CartPole-v1", ["--env CartPole-v1: must have actions in a Box", "some that fit:", "Swimmer-misc"]),
+    (dqn, "--env Pendulum-v1", ["--env Pendulum-v1: must have Discrete actions", "some that fit:", "Acrobot-v1"]),
+    (dqn, "--loss absolute", ["--loss", "absolute", "huber"]),
+    (dqn, "--target-period 0", ["--target-period 0: must be from 1"]),
+    (ppo, "--clip 0", ["--clip 0.0: must be > 0\n"]),
+    (ppo, "--num-minibatches 3", ["--num-minibatches 3: must divide", "the 2048 transitions of num_envs * num_steps"]),
+    (ppo, "--num-minibatches 2048", ["--num-minibatches 2048: must divide", "into parts of 2 or more"]),
     (td3, "--env Unbounded-test", ["--env Unbounded-test: must have", "finite bounds", "Swimmer-misc"]),
     (fqi, "--env Unbounded-test", ["--env Unbounded-test: must have Discrete", "finite bounds", "Swimmer-misc"]),
     (td3, "--env no_such_module:make", ["--env no_such_module:make", "module:factory"]),

@@ -134,7 +134,7 @@ def test_evaluation_does_not_touch_training(name):
 # Counts are rounded up
 
 
-@every_actor_critic
+@pytest.mark.parametrize("name", [*ACTOR_CRITIC, "dqn"])
 @pytest.mark.parametrize(
     ("fields", "warm_up", "steps", "capacity"),
     [
@@ -421,8 +421,9 @@ def test_counts_beyond_their_counter_are_named(name, fields):
 @every_file
 def test_an_environment_that_does_not_fit_is_named(name):
     module = ALGORITHMS[name]
-    env = "CartPole-v1" if not hasattr(module.make_env("Pendulum-v1"), "discrete") else "Unbounded-test"
-    with pytest.raises(ValueError, match=f"^env={env}: must have .*Box of floats with finite bounds"):
+    env = "Unbounded-test" if name == "dqn" or hasattr(module.make_env("Pendulum-v1"), "discrete") else "CartPole-v1"
+    actions = "Discrete actions" if name == "dqn" else ".*Box of floats with finite bounds"
+    with pytest.raises(ValueError, match=f"^env={env}: must have {actions}"):
         module.init(replace(CONFIGS[name], env=env), random.key(0))
 
 

@@ -667,8 +667,15 @@ def test_fitted_q_counts_iterations_and_resumes(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "changes", "progress"),
-    [("reinforce", {}, [32, 64]), ("svg", {}, [2, 4]), ("svg_model", {}, [2, 4]), ("shac", {}, [32, 64])],
-    ids=["reinforce", "svg", "svg_model", "shac"],
+    [
+        ("reinforce", {}, [32, 64]),
+        ("ppo", {}, [32, 64]),
+        ("dqn", {}, [80, 96]),
+        ("svg", {}, [2, 4]),
+        ("svg_model", {}, [2, 4]),
+        ("shac", {}, [32, 64]),
+    ],
+    ids=["reinforce", "ppo", "dqn", "svg", "svg_model", "shac"],
 )
 def test_policy_gradients_run_on_the_command_line(monkeypatch, tmp_path, name, changes, progress):
     """Two seeds on two devices; the second is bitwise the run of that seed alone; the policy is read again."""

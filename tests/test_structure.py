@@ -14,7 +14,7 @@ import pytest
 from cases import ALGORITHMS, CONFIGS, FUSIONS, SMALL, replace
 from jax import lax, random
 
-from amortax.algorithms import ddpg, sac, sac_value, svg_model, td3
+from amortax.algorithms import ddpg, dqn, ppo, sac, sac_value, svg_model, td3
 from amortax.common import envs
 
 CAPACITY = 4 * 2027  # more than any other array of the programs has elements
@@ -36,10 +36,11 @@ every_algorithm = pytest.mark.parametrize(
         (td3, CONFIG),
         (sac_value, sac_value.Config(**SIZES)),
         (sac, sac.Config(**SIZES)),
+        (dqn, dqn.Config(**SIZES, utd_ratio=1.0, target_period=4)),
         (svg_model, svg_model.Config(**SVG)),
         (svg_model, svg_model.Config(**SVG, noise="inferred")),
     ],
-    ids=["ddpg", "td3", "sac_value", "sac", "svg_model", "svg_model-inferred"],
+    ids=["ddpg", "td3", "sac_value", "sac", "dqn", "svg_model", "svg_model-inferred"],
 )
 
 # Opcodes that make no array of their own (what a fusion or a loop does is looked at inside), and those that write in
@@ -174,8 +175,14 @@ def test_epoch_of_eight_seeds_vmapped(module, config):
 
 @pytest.mark.parametrize(
     ("module", "config"),
-    [(td3, CONFIG), (sac, sac.Config(**SIZES)), (svg_model, svg_model.Config(**SVG))],
-    ids=["td3", "sac", "svg_model"],
+    [
+        (td3, CONFIG),
+        (sac, sac.Config(**SIZES)),
+        (dqn, dqn.Config(**SIZES)),
+        (ppo, CONFIGS["ppo"]),
+        (svg_model, svg_model.Config(**SVG)),
+    ],
+    ids=["td3", "sac", "dqn", "ppo", "svg_model"],
 )
 def test_program_for_a_gpu_stays_on_it_and_batches_its_seeds(module, config):
     """Lowered for a GPU, which need not be there: nothing calls the host, and vmapping adds no loop over seeds."""
@@ -253,8 +260,8 @@ def test_reader_finds(step, opcode):
         *((name, "PointRobot-misc") for name in ("ddpg", "sac_value", "sac", "svg", "svg_model", "nfqca", "fqi")),
         ("shac", "Reacher-misc"),
         ("fqi", "CartPole-v1"),
-        ("reinforce", "CartPole-v1"),
-        ("reinforce", "PointRobot-misc"),
+        *((name, env) for name in ("reinforce", "ppo") for env in ("CartPole-v1", "PointRobot-misc")),
+        *(("dqn", env) for env in ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Breakout-MinAtar")),
     ],
 )
 def test_epoch_takes_what_it_gives(name, env):
