@@ -18,6 +18,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import zipfile
@@ -46,7 +47,7 @@ class Run(NamedTuple):
 
 def group_folder(out, algorithm, env, name):
     """The folder that the seeds of one configuration share."""
-    return Path(out) / algorithm / env.replace(":", ".") / name
+    return Path(out) / algorithm / re.sub("[:/]", ".", env) / name
 
 
 def seed_folder(group, seed):
