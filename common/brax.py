@@ -37,7 +37,7 @@ class Brax(physics.Physics):
 @functools.cache
 def make(task, backend=BACKENDS[0], action_repeat=1):
     """The task as a gymnax environment, the same object each time, so that it is traced once."""
-    (envs,) = physics.load("brax", "brax.envs")
+    _, envs = physics.load("brax", "brax", "brax.envs")
     with jax.ensure_compile_time_eval():
         loaded = envs.get_environment(task, backend=backend)
         bound = np.ones(loaded.action_size)

@@ -27,6 +27,7 @@ class Options:
     out: Path = Path("results/runs")  # folder of all results
     resume: bool = False  # continue an interrupted or killed run of the same command
     no_plot: bool = False  # do not draw curve.png
+    list_envs: bool = False  # only print the names of all environments
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log the metrics to one or both of these
     distributed: bool = False  # one of several processes that share the runs, detected by JAX (Slurm, Open MPI, ...)
     coordinator_address: str = ""  # host:port of process 0, where JAX does not detect it

@@ -1,4 +1,4 @@
-"""Environments by name: gymnax's, the LQR systems, one's own as `module:factory`, and Gymnasium's counterparts."""
+"""Environments by name: gymnax's, the LQR systems, physics, one's own as `module:factory`, Gymnasium's counterparts."""
 
 import difflib
 import importlib
@@ -8,11 +8,23 @@ import sys
 import gymnax
 import numpy as np
 
-import amortax.common.lqr  # noqa: F401, registers its environments
+from amortax.common import brax, lqr, playground  # they register their environments
 from amortax.common.cli import fail
 
 # named here, not found by trying: gymnax makes some environments only after a download
 CONTINUOUS_ENVS = ("Pendulum-v1", "MountainCarContinuous-v0", "PointRobot-misc", "Reacher-misc", "Swimmer-misc")
+
+
+def show_all():
+    """Print the names of all environments that fit, and which extra those of a physics engine need."""
+    for title, names in (
+        ("gymnax", CONTINUOUS_ENVS),
+        ("linear-quadratic regulation", lqr.ENVS),
+        ('MuJoCo Playground, with pip install -e ".[playground]"', playground.ENVS),
+        (f'Brax, with pip install -e ".[brax]"; -{", -".join(brax.BACKENDS[1:])} for another backend', brax.ENVS),
+    ):
+        print(f"{title}:", *names, sep="\n  ")
+    print("your own:", "module:factory, a callable that returns a gymnax Environment", sep="\n  ")
 
 
 def register(name):
@@ -28,10 +40,13 @@ def register(name):
         lower = {known.lower(): known for known in gymnax.registered_envs}
         near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.4)]
         nearest = ", ".join(near or CONTINUOUS_ENVS)
-        fail(f"--env {name}: no such gymnax environment; nearest: {nearest}; or your own as module:factory")
+        hint = "--list-envs lists all; or your own as module:factory"
+        fail(f"--env {name}: no such gymnax environment; nearest: {nearest}; {hint}")
     try:
         env, env_params = gymnax.make(name)
         env.action_space(env_params)
+    except ImportError as error:
+        fail(f"--env {name}: {error}")
     except Exception as error:
         fail(f"--env {name}: cannot be made: {type(error).__name__}: {error}")
 

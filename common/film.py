@@ -2,12 +2,14 @@
 
 import io
 
+import jax
 import numpy as np
 from PIL import Image
 
 from amortax.common import envs
+from amortax.common.cli import fail
 
-FRAME_MS = 50  # one frame per step; Pendulum-v1 then moves in real time
+FRAME_MS = 50  # one frame per step, in which Pendulum-v1 moves in real time; physics engines are always in real time
 
 # the state that Gymnasium renders, by gymnax's names
 GYMNASIUM_STATE = {"Pendulum-v1": ("theta", "theta_dot"), "MountainCarContinuous-v0": ("position", "velocity")}
@@ -36,6 +38,26 @@ def draw_itself(env, env_params, env_state):
     frame = to_frame(np.array(figure.canvas.buffer_rgba())[..., :3])
     plt.close(figure)
     return frame
+
+
+def draw_mujoco(env, env_states):
+    """Frames of states of a physics engine, rendered by MuJoCo without a screen, in real time."""
+    import mujoco
+
+    try:
+        renderer = mujoco.Renderer(env.model, height=240, width=320)
+    except Exception as error:  # whatever a library that is missing or has no device leads to
+        hint = "install EGL or OSMesa, such as apt install libegl1 libgl1-mesa-dri, or libosmesa6 with MUJOCO_GL=osmesa"
+        fail(f"--gif: MuJoCo found no renderer ({type(error).__name__}: {error}); {hint}")
+    data, frames = mujoco.MjData(env.model), []
+    for env_state in env_states[:: max(1, round(FRAME_MS / 1000 / env.seconds))]:
+        for name, value in env.pose(env.restored(env_state.leaves, jax.random.key(0))).items():
+            getattr(data, name)[:] = value
+        mujoco.mj_forward(env.model, data)
+        renderer.update_scene(data, camera=0 if env.model.ncam else -1)
+        frames.append(to_frame(renderer.render()))
+    renderer.close()
+    return frames
 
 
 def draw_observations(name, obs, rewards):

@@ -150,7 +150,7 @@ class Physics(environment.Environment[EnvState, EnvParams]):
         action = jnp.clip(action, self.low, self.high)
 
         def repeat(carry, key):
-            leaves, obs, total, ended = carry
+            leaves, _, total, ended = carry
             new, new_obs, reward, new_ended = self.step_task(leaves, action, key)
             after = new, new_obs, total + reward, new_ended
             return jax.tree.map(lambda x, y: jnp.where(ended, x, y), carry, after), None

@@ -68,7 +68,7 @@ def main():
             record.write_atomic(play.gif, film.encode_gif(frames))
         except OSError as error:
             cli.fail(f"--gif {play.gif}: cannot write there: {error}")
-        print(f"{play.gif}: {len(frames)} steps, return {total:.{decimals(abs(total))}f}")
+        print(f"{play.gif}: {len(frames)} frames, return {total:.{decimals(abs(total))}f}")
 
 
 def find_seed(run):
@@ -141,6 +141,8 @@ def gymnax_film(act, config, params, seed):
     env, env_params = gymnax.make(config.env)
     if config.env in film.GYMNASIUM_STATE:
         frames = film.draw_as_gymnasium(config.env, [episode.env_state for episode in shown])
+    elif hasattr(env, "pose"):
+        frames = film.draw_mujoco(env, [episode.env_state for episode in shown])
     elif hasattr(env, "render"):
         frames = [film.draw_itself(env, env_params, episode.env_state) for episode in shown]
     else:

@@ -52,10 +52,10 @@ class Playground(physics.Physics):
 @functools.cache
 def make(task, action_repeat=1):
     """The task as a gymnax environment, the same object each time, so that it is traced once."""
-    suite, mjx = physics.load("playground", "mujoco_playground._src.dm_control_suite", "mujoco.mjx")
+    package, mjx = physics.load("playground", "mujoco_playground", "mujoco.mjx")
     with jax.ensure_compile_time_eval():
         # the default engine, Warp, is for NVIDIA's GPUs only
-        loaded = suite.load(task, config_overrides={"impl": "jax"})
+        loaded = package.dm_control_suite.load(task, config_overrides={"impl": "jax"})
         blank = jax.device_get(mjx.make_data(loaded.mj_model, impl="jax"))
     model = loaded.mj_model
     low, high = np.where(model.actuator_ctrllimited, model.actuator_ctrlrange.T, [[-1.0], [1.0]])

@@ -49,6 +49,8 @@ def main(config_class, init, epoch, num_epochs):
     """
     cli.show_warnings()
     config, options, data = cli.parse_run(config_class, init)
+    if options.list_envs:
+        return envs.show_all()
     grid = sweep.parse(config, options.sweep)
     try:
         out_folder, runs, points = prepare(config, options, data, grid, init)
@@ -67,11 +69,11 @@ def main(config_class, init, epoch, num_epochs):
 def prepare(config, options, data, grid, init):
     """Set up devices and processes, check everything, then write `config.json`s: `(out_folder, runs, base points)`."""
     track.check(options.track)
-    envs.register(config.env)
     cells = sweep.cells(config, grid)
     if options.distributed:
         distributed.connect(options.coordinator_address, options.num_processes, options.process_id)
     devices.set_up_backend(len(cells) * options.num_seeds, devices.largest_product(config))
+    envs.register(config.env)  # which may make arrays
     for changed in [config, *sweep.one_by_one(config, grid)]:
         checks.check_config(changed, init)
     points = base_points.load_and_save(data, options, config, init)
