@@ -31,6 +31,9 @@ import numpy as np
 
 from amortax.common.cli import fail
 
+# packages of the physics engines, by what their environments' names begin with
+ENGINES = {"playground": ("playground", "mujoco", "mujoco-mjx"), "brax": ("brax",)}
+
 
 class Run(NamedTuple):
     """One seed of one configuration, and the folder of its group: all seeds of the configuration."""
@@ -86,7 +89,8 @@ def describe(script, config, seed, base_points=None):
 
     `base_points` is the file of them, if there is one.
     """
-    packages = ("jax", "jaxlib", "optax", "gymnax", "numpy")
+    engine = ENGINES.get(getattr(config, "env", "").partition("/")[0], ())
+    packages = ("jax", "jaxlib", "optax", "gymnax", "numpy", *engine)
     description = {
         "algorithm": Path(script).stem,
         "seed": seed,

@@ -193,6 +193,14 @@ def test_missing_renderer_is_named(monkeypatch, capsys):
     assert "apt install" in line
 
 
+def test_versions_of_the_engine_belong_to_a_run(monkeypatch):
+    monkeypatch.setattr(record.metadata, "version", lambda name: f"version of {name}")
+    versions = record.describe(td3.__file__, td3.Config(env="playground/CheetahRun"), 0)["versions"]
+    assert {"playground", "mujoco", "mujoco-mjx"} < set(versions)
+    assert "brax" in record.describe(td3.__file__, td3.Config(env="brax/ant"), 0)["versions"]
+    assert "brax" not in record.describe(td3.__file__, td3.Config(), 0)["versions"]
+
+
 def test_folder_of_a_run_has_one_level_for_the_environment():
     assert record.group_folder("out", "sac", "playground/CheetahRun", "x").parts == (
         *("out", "sac", "playground.CheetahRun", "x"),
