@@ -27,7 +27,11 @@ from amortax.common import devices
 
 NUM_STARTS = 256  # start states, half for `reset`, half for `step`
 # the reset runs once, so that to compile it takes longer than to run it
-COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+COMPILE_FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
 
 @struct.dataclass(kw_only=True)
