@@ -69,7 +69,8 @@ def load(extra, *modules):
 
 def reinstall(extra):
     """What to do where packages do not fit together: an upgrade to mujoco 4 deletes files that it needs."""
-    return f"reinstall with pip install --force-reinstall mujoco mujoco-core mujoco-mjx {extra}"
+    packages = f"mujoco mujoco-core mujoco-studio mujoco-mjx {extra}"
+    return f"repair with pip uninstall -y mujoco && pip install --force-reinstall --no-deps {packages}"
 
 
 class Physics(environment.Environment[EnvState, EnvParams]):

@@ -54,8 +54,10 @@ def make(task, action_repeat=1):
     """The task as a gymnax environment, the same object each time, so that it is traced once."""
     package, mjx = physics.load("playground", "mujoco_playground", "mujoco.mjx")
     with jax.ensure_compile_time_eval():
-        # the default engine, Warp, is for NVIDIA's GPUs only
-        loaded = package.dm_control_suite.load(task, config_overrides={"impl": "jax"})
+        try:  # the default engine, Warp, is for NVIDIA's GPUs only
+            loaded = package.dm_control_suite.load(task, config_overrides={"impl": "jax"})
+        except AttributeError as error:  # so do the Reacher tasks with mujoco 3.17
+            raise ImportError(f"{error}; {physics.reinstall('playground')}") from error
         blank = jax.device_get(mjx.make_data(loaded.mj_model, impl="jax"))
     model = loaded.mj_model
     low, high = np.where(model.actuator_ctrllimited, model.actuator_ctrlrange.T, [[-1.0], [1.0]])

@@ -180,7 +180,7 @@ def test_broken_package_is_named_with_what_to_reinstall(error, monkeypatch, caps
     monkeypatch.setattr(importlib, "import_module", fail)
     line = mistake(capsys, envs.register, "playground/FishSwim")
     assert str(error) in line
-    assert line.endswith("pip install --force-reinstall mujoco mujoco-core mujoco-mjx playground")
+    assert line.endswith("--no-deps mujoco mujoco-core mujoco-studio mujoco-mjx playground")
 
 
 def test_missing_renderer_is_named(monkeypatch, capsys):
