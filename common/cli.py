@@ -31,6 +31,7 @@ class Options:
     init_from: Path | None = None  # start from the parameters of a run: its folder, or a policy.npz or policy_best.npz
     keep_state: Literal["small", "always", "never"] = "small"  # last state, to extend a run: small is up to 16 MB a run
     no_plot: bool = False  # do not draw curve.png
+    list_envs: bool = False  # only print the names of all environments
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log the metrics to one or both of these
     traceback: bool = False  # show all of an exception from inside the environment, which gets one line otherwise
     distributed: bool = False  # one of several processes that share the runs, detected by JAX (Slurm, Open MPI, ...)

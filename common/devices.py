@@ -125,10 +125,15 @@ def cpu_compiler_options():
     intel = path.exists() and "GenuineIntel" in path.read_text()
     options = {"xla_cpu_experimental_ynn_fusion_type": ""} if intel else {"xla_cpu_prefer_vector_width": 512}
     options |= {"xla_backend_optimization_level": 2}
+    return known_options(options)
+
+
+def known_options(options):
+    """`options` of XLA without those in XLA_FLAGS; None where this version of XLA does not know one of them."""
     options = {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a version of XLA that does not know one of them
+    except jax.errors.JaxRuntimeError:
         return None
     return options
 

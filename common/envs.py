@@ -1,4 +1,4 @@
-"""Environments by name: gymnax's, the LQR systems, one's own as `module:factory`, and Gymnasium's counterparts."""
+"""Environments by name: gymnax's, the LQR systems, physics, one's own as `module:factory`, Gymnasium's counterparts."""
 
 import difflib
 import functools
@@ -11,13 +11,25 @@ import gymnax
 import numpy as np
 from gymnax import registration
 
-import amortax.common.lqr  # noqa: F401, registers its environments
-from amortax.common import contract, env_params, user_code
+from amortax.common import brax, contract, env_params, lqr, playground, user_code  # some register their environments
 from amortax.common.cli import fail
 
 # named here, not found by trying: gymnax makes some environments only after a download
 CONTINUOUS_ENVS = ("Pendulum-v1", "MountainCarContinuous-v0", "PointRobot-misc", "Reacher-misc", "Swimmer-misc")
 DISCRETE_ENVS = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Breakout-MinAtar", "SpaceInvaders-MinAtar")
+
+
+def show_all():
+    """Print the names of all environments that fit, and which extra those of a physics engine need."""
+    for title, names in (
+        ("gymnax", CONTINUOUS_ENVS),
+        ("gymnax, Discrete actions", DISCRETE_ENVS),
+        ("linear-quadratic regulation", lqr.ENVS),
+        ('MuJoCo Playground, with pip install -e ".[playground]"', playground.ENVS),
+        (f'Brax, with pip install -e ".[brax]"; -{", -".join(brax.BACKENDS[1:])} for another backend', brax.ENVS),
+    ):
+        print(f"{title}:", *names, sep="\n  ")
+    print("your own:", "module:factory, a callable that returns a gymnax Environment", sep="\n  ")
 
 
 def register(name, changes=(), show_traceback=False):
@@ -31,10 +43,13 @@ def register(name, changes=(), show_traceback=False):
         lower = {known.lower(): known for known in gymnax.registered_envs}
         near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.4)]
         nearest = ", ".join(near or CONTINUOUS_ENVS)
-        fail(f"--env {name}: no such gymnax environment; nearest: {nearest}; or your own as module:factory")
+        hint = "--list-envs lists all; or your own as module:factory"
+        fail(f"--env {name}: no such gymnax environment; nearest: {nearest}; {hint}")
     try:
         env = make_once(name)
     except Exception as error:  # a user's code can be wrong in any way
+        if isinstance(error, ImportError) and "/" in name:  # the extra of a physics engine
+            fail(f"--env {name}: {error}")
         user_code.fail(name, error, show_traceback, "cannot be made: ")
     if changes:
         env = env_params.change(name, env, changes)

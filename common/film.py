@@ -3,12 +3,14 @@
 import io
 
 import gymnax
+import jax
 import numpy as np
 from PIL import Image, ImageColor
 
 from amortax.common import envs
+from amortax.common.cli import fail
 
-FRAME_MS = 50  # one frame per step; Pendulum-v1 then moves in real time
+FRAME_MS = 50  # one frame per step, in which Pendulum-v1 moves in real time; physics engines are always in real time
 
 # the state that Gymnasium renders, by gymnax's names
 GYMNASIUM_STATE = {
@@ -39,6 +41,8 @@ def draw(name, env_states, obs, rewards):
     env, env_params = gymnax.make(name)
     if name in GYMNASIUM_STATE:
         return draw_as_gymnasium(name, env_states)
+    if hasattr(env, "pose"):
+        return draw_mujoco(env, env_states)
     if hasattr(env, "render"):
         return [draw_itself(env, env_params, env_state) for env_state in env_states]
     if obs.ndim in (3, 4) and min(obs.shape[1:3]) > 3:  # a smaller one is no picture
@@ -82,6 +86,26 @@ def draw_grids(obs):
         pages = (1 - layer) * pages + layer * colors[k % len(colors)]
     scale = max(1, GRID_SIZE // max(obs.shape[1:3]))
     return [to_frame(page.repeat(scale, axis=0).repeat(scale, axis=1)) for page in pages.astype(np.uint8)]
+
+
+def draw_mujoco(env, env_states):
+    """Frames of states of a physics engine, rendered by MuJoCo without a screen, in real time."""
+    import mujoco
+
+    try:
+        renderer = mujoco.Renderer(env.model, height=240, width=320)
+    except Exception as error:  # whatever a library that is missing or has no device leads to
+        hint = "install EGL or OSMesa, such as apt install libegl1 libgl1-mesa-dri, or libosmesa6 with MUJOCO_GL=osmesa"
+        fail(f"--gif: MuJoCo found no renderer ({type(error).__name__}: {error}); {hint}")
+    data, frames = mujoco.MjData(env.model), []
+    for env_state in env_states[:: max(1, round(FRAME_MS / 1000 / env.seconds))]:
+        for name, value in env.pose(env.restored(env_state.leaves, jax.random.key(0))).items():
+            getattr(data, name)[:] = value
+        mujoco.mj_forward(env.model, data)
+        renderer.update_scene(data, camera=0 if env.model.ncam else -1)
+        frames.append(to_frame(renderer.render()))
+    renderer.close()
+    return frames
 
 
 def draw_observations(name, obs, rewards):

@@ -71,7 +71,7 @@ def main():
             record.write_atomic(play.gif, film.encode_gif(frames))
         except OSError as error:
             cli.fail(f"--gif {play.gif}: cannot write there: {error}")
-        print(f"{play.gif}: {len(frames)} steps, return {total:.{decimals(abs(total))}f}")
+        print(f"{play.gif}: {len(frames)} frames, return {total:.{decimals(abs(total))}f}")
 
 
 def summarize(returns):

@@ -57,7 +57,6 @@ def compile_programs(config, init, epoch, num_runs, runs_per_device=None, shared
     used = devices.choose(math.ceil(num_runs / runs_per_device))
     local = [device for device in used if device.process_index == jax.process_index()]
     options = devices.cpu_compiler_options() if cpu else None
-    compile_each = functools.partial(compile_for_each, local, runs_per_device, options)
 
     def seeded_init(config, seed, *shared):
         return init(config, jax.random.key(seed), *shared)
@@ -68,12 +67,16 @@ def compile_programs(config, init, epoch, num_runs, runs_per_device=None, shared
 
     configs = jax.tree.map(lambda x: np.zeros((), leaf_type(x)), config)
     state = jax.eval_shape(init, config, jax.random.key(0), *shared)
-    compiled = compile_each(seeded_init, configs, np.int32(0), *shared), compile_each(checked_epoch, configs, state)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # `init` is compiled while `epoch` is traced
+        lower = functools.partial(lower_for_each, local, runs_per_device, options)
+        programs = (seeded_init, configs, np.int32(0), *shared), (checked_epoch, configs, state)
+        compiling = [[pool.submit(x.compile) for x in lower(*program)] for program in programs]
+    compiled = [[x.result() for x in each] for each in compiling]
     return Programs(*compiled, local, used, runs_per_device, shared)
 
 
-def compile_for_each(local_devices, runs_per_device, compiler_options, function, config, state, *shared):
-    """`function`, batched over the runs' first two arguments, the second donated, and compiled for each device."""
+def lower_for_each(local_devices, runs_per_device, compiler_options, function, config, state, *shared):
+    """`function`, batched over the runs' first two arguments, the second donated, and lowered for each device."""
     batched = jax.vmap(function, (0, 0, *[None] * len(shared))) if runs_per_device > 1 else unbatched(function)
     jitted = jax.jit(batched, donate_argnums=1, compiler_options=compiler_options)
 
@@ -82,9 +85,7 @@ def compile_for_each(local_devices, runs_per_device, compiler_options, function,
         batch = jax.tree.map(lambda x: struct((runs_per_device, *x.shape), x.dtype), (config, state))
         return jitted.lower(*batch, *jax.tree.map(lambda x: struct(x.shape, x.dtype), shared))
 
-    lowered = [lower(device) for device in local_devices]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda x: x.compile(), lowered))
+    return map(lower, local_devices)
 
 
 def unbatched(function):

@@ -36,6 +36,8 @@ from amortax.common.cli import fail
 
 # what determines the numbers beside the code; scipy solves the integer programs
 PACKAGES = ("jax", "jaxlib", "optax", "distrax", "gymnax", "numpy", "scipy", "jax-cuda12-plugin", "jax-cuda13-plugin")
+# packages of the physics engines, by what their environments' names begin with
+ENGINES = {"playground": ("playground", "mujoco", "mujoco-mjx"), "brax": ("brax",)}
 JAX_CONFIG = ("jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision")
 RUN_FILES = ("config.json", "metrics.csv", "policy.npz", "policy_best.npz", "state.npz")
 FILES = (*RUN_FILES, "curve.png", "sweep.csv", "sweep.png")
@@ -121,6 +123,7 @@ def describe(script, config, seed, files=None):
     `files` are those that it learns from, by name, or None.
     """
     env = getattr(config, "env", None)
+    engine = ENGINES.get((env or "").partition("/")[0], ())
     description = {
         "algorithm": Path(script).stem,
         "seed": seed,
@@ -128,7 +131,7 @@ def describe(script, config, seed, files=None):
         "source": str(Path(script).resolve()),
         "source_sha256": sha256(script),
         "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version()} | versions([*PACKAGES, envs.package(env)]),
+        "versions": {"python": platform.python_version()} | versions([*PACKAGES, *engine, envs.package(env)]),
         "jax_config": {name: getattr(jax.config, name) for name in JAX_CONFIG},
     } | envs.describe(env)
     description |= {f"{name}_sha256": sha256(path) for name, path in (files or {}).items() if path}

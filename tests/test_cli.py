@@ -163,12 +163,12 @@ def test_every_field_is_read_from_its_flag(monkeypatch):
         if field.name not in changed:
             changed[field.name] = field.default * 2 if isinstance(field.default, int) else field.default / 2
     config = td3.Config(**changed)
-    words = "--seed 7 --num-seeds 2 --no-plot --out x --name n --resume --sweep gamma=0.1 --sweep tau=0.2"
+    words = "--seed 7 --num-seeds 2 --no-plot --out x --name n --resume --list-envs --sweep gamma=0.1 --sweep tau=0.2"
     words += " --env-params g=9.8 dt=0.1 --traceback --keep-state never --init-from run"
     words += " --track wandb tensorboard --distributed --coordinator-address a:1 --num-processes 3 --process-id 2"
     monkeypatch.setattr(sys, "argv", ["td3.py", *flags_of(config), *words.split()])
     expected = {"seed": 7, "num_seeds": 2, "sweep": ("gamma=0.1", "tau=0.2"), "name": "n", "out": Path("x")}
-    expected |= {"env_params": ("g=9.8", "dt=0.1"), "traceback": True}
+    expected |= {"env_params": ("g=9.8", "dt=0.1"), "traceback": True, "list_envs": True}
     expected |= {"resume": True, "no_plot": True, "track": ("wandb", "tensorboard"), "distributed": True}
     expected |= {"keep_state": "never", "init_from": Path("run")}
     expected |= {"coordinator_address": "a:1", "num_processes": 3, "process_id": 2}

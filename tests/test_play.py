@@ -246,7 +246,7 @@ def test_own_algorithm_in_own_environment(run_play, tmp_path, monkeypatch):
     monkeypatch.setattr(play, "summarize", lambda returns: played.append(returns) or summarize(returns))
     code, out, _ = run_play(tmp_path, "--gif", tmp_path / "own.gif", "--episodes", 2000)
     assert code == 0
-    steps, total = re.search(rf"own.gif: (\d) steps, return ({NUMBER})", out).groups()
+    steps, total = re.search(rf"own.gif: (\d) frames, return ({NUMBER})", out).groups()
     assert float(total) == int(steps) / 2
     seconds, frames = read_film(tmp_path / "own.gif")
     assert seconds == pytest.approx(int(steps) * 0.05)
@@ -266,7 +266,7 @@ def assert_film_of_pendulum(path, out, backend):
     The film is of the very episode whose return is printed.
     """
     line = rf"Pendulum-v1 \({backend}\), 1 episode: return ({NUMBER}) ± n/a \(mean ± standard error\)\n"
-    played, filmed = re.fullmatch(rf"{line}{re.escape(str(path))}: 200 steps, return ({NUMBER})\n", out).groups()
+    played, filmed = re.fullmatch(rf"{line}{re.escape(str(path))}: 200 frames, return ({NUMBER})\n", out).groups()
     assert float(played) == pytest.approx(float(filmed), rel=1e-3, abs=0.1)
     seconds, frames = read_film(path)
     assert seconds == pytest.approx(200 * 0.05)
