@@ -195,6 +195,8 @@ def test_missing_renderer_is_named(monkeypatch, capsys):
 
 def test_versions_of_the_engine_belong_to_a_run(monkeypatch):
     monkeypatch.setattr(record.metadata, "version", lambda name: f"version of {name}")
+    for name in ("package", "describe"):  # which make the environment
+        monkeypatch.setattr(record.envs, name, lambda env: {})
     versions = record.describe(td3.__file__, td3.Config(env="playground/CheetahRun"), 0)["versions"]
     assert {"playground", "mujoco", "mujoco-mjx"} < set(versions)
     assert "brax" in record.describe(td3.__file__, td3.Config(env="brax/ant"), 0)["versions"]
