@@ -222,7 +222,7 @@ EXPERIMENTS = {
         "[below](#smooth_landscape) shows why ReLU costs so much.",
         table=cost_table,
         draw=draw_costs,
-        quick=of("nfqca"),
+        quick=of("fqi"),
         sources=("common/lqr.py",),
         sample=f"{SEEDS} seeds each; each cost is the mean of 2,048 episodes",
     ),
