@@ -33,6 +33,7 @@ from experiments import (
     lineage,
     maximizers,
     optimum,
+    smooth_critics,
     study,
     svg_gradients,
     training,
@@ -41,7 +42,7 @@ from experiments.study import RESULTS, ROOT
 
 from amortax.common import cli, plot, record
 
-MODULES = (lineage, films, optimum, curves, claims, closed_form, boltzmann)
+MODULES = (lineage, films, optimum, curves, claims, smooth_critics, closed_form, boltzmann)
 MODULES += (estimators, distributions, gradient_variance, svg_gradients, maximizers, amortization_time)
 EXPERIMENTS = {name: experiment for module in MODULES for name, experiment in module.EXPERIMENTS.items()}
 

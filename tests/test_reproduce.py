@@ -26,6 +26,9 @@ NAMES = sorted(reproduce.EXPERIMENTS)
 QUICK = (  # one for each way of measuring; the others have the same with other flags
     "curves_discrete",  # two algorithms on the command line
     "overestimation",  # in this process; one of its files is changed
+    "smooth_costs",
+    "smooth_landscape",
+    "smooth_time",
     "boltzmann",
     "closed_form_1",
     "film_pendulum",
@@ -412,6 +415,35 @@ def test_verdict_follows_the_returns(name, returns, verdict):
 def test_verdict_on_amortization(exact, nfqca, verdict):
     rows = rows_of({"fqi": -150.5, "exact 0.1": exact, "nfqca": nfqca})
     assert verdict_on("amortization", rows) == verdict
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("cart_pole", "acrobot", "verdict"),
+    [
+        (480, -85, "Holds."),
+        (480, -95, "Holds in part: yes for CartPole-v1; no for Acrobot-v1."),
+        (470, -95, "Does not hold."),
+    ],
+)
+def test_verdict_on_discrete_actions(cart_pole, acrobot, verdict):
+    rows = rows_of({"fqi on CartPole-v1": cart_pole, "fqi on Acrobot-v1": acrobot, "reinforce on CartPole-v1": 0})
+    assert verdict_on("curves_discrete", rows) == verdict
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("silu", "relu", "verdict"), [(1.05, 1.5, "Holds."), (1.05, 1.01, "Does not hold."), (1.2, 1.5, "Does not hold.")]
+)
+def test_verdict_on_smooth_activations(silu, relu, verdict):
+    """Of three seeds the middle one counts."""
+    middle = {"fqi, silu": silu, "fqi, relu": relu}
+    rows = [
+        {"label": label, "seed": i, "cost_ratio": ratio}
+        for label, value in middle.items()
+        for i, ratio in enumerate((1.0, value, 9.0))
+    ]
+    assert verdict_on("smooth_costs", rows) == verdict
 
 
 @pytest.mark.parametrize(

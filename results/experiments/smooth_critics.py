@@ -1,0 +1,266 @@
+"""The activation of the hidden layers: smooth ones and ReLU, where a policy seeks the maximum of a critic over actions.
+
+With ReLU q(s, .) is piecewise linear, and its maxima lie at kinks, between which the policy jumps. `LQR-v0` tells what
+that costs, since its optimal policy is known: costs are discounted, over 2,048 episodes, relative to those of the
+Riccati gain from the same starts and with the same noise, as in `closed_form`.
+"""
+
+import functools
+import importlib
+import statistics
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from amortax.common import devices, lqr, plot, policy, record
+from experiments import drawing, study, training
+from experiments.curves import ACTOR_CRITICS, LQR_FLAGS, LQR_GAMMA, STEPS, optimum
+from experiments.study import Criterion, Experiment, column
+from experiments.training import FITTED, Run
+
+ACTIVATIONS = {"silu": drawing.GREEN, "elu": drawing.BLUE, "tanh": drawing.ORANGE, "relu": drawing.PINK}
+LQR, PENDULUM = "LQR-v0", "Pendulum-v1"
+EXPLICIT = ("fqi", "fqi_amortized", "nfqca", "ddpg")  # algorithms of deterministic policies without TD3's smoothing
+LIMIT = 1.1  # of their median cost relative to the optimum
+SEEDS = 8
+ACTIONS = np.linspace(-1, 1, 401)  # at which q is drawn
+LANDSCAPE_STATES = ((0.5, 0.0), (-0.5, 0.5), (0.0, -0.8))
+
+
+# Costs and returns
+
+
+def cells(env, flags):
+    """`{label: Run}` of each algorithm with SiLU and ReLU, of ddpg with all; `flags(algorithm)` are the other flags."""
+    runs = {}
+    for algorithm in EXPLICIT:
+        for activation in ACTIVATIONS if algorithm == "ddpg" else ("silu", "relu"):
+            own = f"--activation {activation}" * (activation != "silu")  # which is the default
+            command = " ".join(f"{flags(algorithm)} {own}".split())
+            runs[f"{algorithm}, {activation}"] = Run(algorithm, env, command, seeds=SEEDS)
+    return runs
+
+
+def lqr_flags(algorithm):
+    """Random base points over all actions for the fitted files; for the others as in `curves_lqr`."""
+    if algorithm in FITTED:
+        return f"--gamma {LQR_GAMMA} --num-base-points 5000"
+    return f"{STEPS[LQR]} {LQR_FLAGS.get(algorithm, '')} --gamma {LQR_GAMMA}"
+
+
+def costs(run):
+    """A row for each seed: the cost at the end of training, relative to the optimum."""
+    group, rows, evaluated = training.train(run), [], None
+    K = lqr.solve(gymnax.make(run.env)[1], LQR_GAMMA).K
+    for seed in range(run.seeds):
+        module, config, params = policy.load(record.seed_folder(group, seed))
+        evaluated = evaluated or jax.jit(functools.partial(cost_ratio, module))  # one program for all seeds
+        rows.append({"seed": seed, "cost_ratio": study.short(float(evaluated(config, params, K)))})
+    return rows
+
+
+def cost_ratio(module, config, params, K):
+    """The discounted cost of a policy relative to that of the gain `K`."""
+    system, key = gymnax.make(config.env)[1], jax.random.key(1)
+    policies = (lambda s: module.act(config, params, s)), (lambda s: -K @ s)
+    cost, least = (lqr.simulate(system, policy, LQR_GAMMA, key, 2048).mean() for policy in policies)
+    return cost / least
+
+
+def smooth_holds(rows):
+    """For each algorithm of `EXPLICIT`: the median cost with SiLU is within 10 % of the optimum and below ReLU's."""
+    answers = {}
+    for algorithm in EXPLICIT:
+        if f"{algorithm}, silu" in study.labels(rows):
+            silu, relu = (np.median(column(rows, f"{algorithm}, {x}", "cost_ratio")) for x in ("silu", "relu"))
+            answers[algorithm] = silu <= LIMIT and silu < relu
+    return answers
+
+
+def by_algorithm(rows):
+    """The algorithms of labels `algorithm, activation`, in order."""
+    return list(dict.fromkeys(label.split(", ")[0] for label in study.labels(rows)))
+
+
+def cost_table(rows):
+    """Median and worst cost of each algorithm with each activation."""
+    lines = []
+    for algorithm in by_algorithm(rows):
+        values = [column(rows, f"{algorithm}, {activation}", "cost_ratio") for activation in ACTIVATIONS]
+        lines.append([algorithm, *(f"{np.median(x):.3f} ({x.max():.3f})" if len(x) else "" for x in values)])
+    return study.table(["algorithm", *ACTIVATIONS], lines)
+
+
+def return_table(rows):
+    """Final return of each algorithm with each activation."""
+    lines = []
+    for algorithm in by_algorithm(rows):
+        labels = [f"{algorithm}, {activation}" for activation in ACTIVATIONS]
+        present = study.labels(rows)
+        lines.append([algorithm, *(study.estimate(study.final(rows, x)) if x in present else "" for x in labels)])
+    return study.table(["algorithm", *ACTIVATIONS], lines)
+
+
+def draw_activations(rows, value, middle, ylabel, limit, scale):
+    """For each algorithm its seeds with each activation, and their middle; `value(label)` gives the seeds' numbers."""
+    page, ((axes,),) = drawing.figure(10, 4)
+    algorithms = by_algorithm(rows)
+    for i, (activation, color) in enumerate(ACTIVATIONS.items()):
+        axes.plot([], [], "o", color=color, label=activation)
+        for x, algorithm in enumerate(algorithms):
+            label = f"{algorithm}, {activation}"
+            if label in study.labels(rows):
+                values = value(label)
+                place = x + 0.2 * (i - 1.5)
+                axes.plot([place + 0.06] * len(values), values, ".", color="0.65", markersize=4, zorder=1)
+                axes.plot(place, middle(values), "o", color=color, zorder=2)
+    axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="optimum")
+    axes.set_xticks(range(len(algorithms)), algorithms)
+    axes.set(ylabel=ylabel, yscale=scale)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    return page
+
+
+def draw_costs(rows):
+    """Seeds and medians of the costs."""
+    ylabel = "cost / optimum (log scale)\nmedians; dots are seeds"
+    return draw_activations(rows, lambda label: column(rows, label, "cost_ratio"), np.median, ylabel, 1, "log")
+
+
+def draw_returns(rows):
+    """Seeds and interquartile means of the final returns."""
+    ylabel = "final greedy return\ninterquartile means; dots are seeds"
+    value = functools.partial(study.final, rows)
+    return draw_activations(rows, value, plot.iqm, ylabel, optimum(PENDULUM), "linear")
+
+
+# The value over actions
+
+
+def landscape(run):
+    """Rows of q(s, .) at some states for the first seed, and of the optimal action."""
+    module, config, params = policy.load(record.seed_folder(training.train(run), 0))
+    K = lqr.solve(gymnax.make(LQR)[1], LQR_GAMMA).K / lqr.ACTION_BOUND
+    rows = []
+    for state in LANDSCAPE_STATES:
+        obs = jnp.tile(jnp.array(state), (len(ACTIONS), 1))
+        values = module.critic(config, params.critic, obs, jnp.array(ACTIONS)[:, None])
+        columns = {"state": str(state), "optimal": study.short(float(-K[0] @ np.array(state)))}
+        pairs = zip(ACTIONS, np.asarray(values), strict=True)
+        rows += [columns | {"action": study.short(action), "q": study.short(q)} for action, q in pairs]
+    return rows
+
+
+def draw_landscape(rows):
+    """For each state a panel with q(s, .), each activation's relative to its maximum."""
+    states = list(dict.fromkeys(row["state"] for row in rows))
+    page, panels = drawing.figure(4 * len(states), 3.8, 1, len(states), sharey=True)
+    for axes, state in zip(panels[0], states, strict=True):
+        for label in study.labels(rows):
+            own = [row for row in rows if row["label"] == label and row["state"] == state]
+            q = np.array([row["q"] for row in own])
+            axes.plot([row["action"] for row in own], q - q.max(), color=ACTIVATIONS[label.split(", ")[1]], label=label)
+            axes.axvline(own[0]["optimal"], color="black", linestyle="--", linewidth=1)
+        axes.set(title=f"s = {state}", xlabel="action, scaled to [-1, 1]")
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("q(s, a) minus its maximum over a")
+    panels[0][0].legend(fontsize="small")
+    return page
+
+
+# Time
+
+
+def times(cell):
+    """A row for each activation and repeat, interleaved, on one core: seconds of an epoch; `cell` has its fields."""
+    algorithm, fields, repeats = cell
+    module, rows = importlib.import_module(f"amortax.algorithms.{algorithm}"), []
+    with training.one_thread():
+        epoch = jax.jit(module.epoch, compiler_options=devices.cpu_compiler_options())
+        configs = {x: module.Config(**fields, activation=x) for x in ACTIVATIONS}
+        states = {x: jax.jit(module.init)(config, jax.random.key(0)) for x, config in configs.items()}
+        for repeat in range(1 + repeats):  # the first compiles
+            for activation, config in configs.items():
+                seconds = study.short(training.seconds(lambda c=config, s=states[activation]: epoch(c, s)))
+                rows.append({"activation": activation, "repeat": repeat, "seconds": seconds})
+    return [row for row in rows if row["repeat"]]
+
+
+def time_table(rows):
+    """Median times relative to ReLU."""
+    lines = []
+    for label in study.labels(rows):
+        own = [row for row in rows if row["label"] == label]
+        median = {x: statistics.median(row["seconds"] for row in own if row["activation"] == x) for x in ACTIVATIONS}
+        lines.append([label, *(f"{seconds / median['relu']:.2f}" for seconds in median.values())])
+    return study.table(["an epoch of", *ACTIVATIONS], lines)
+
+
+def of(*algorithms):
+    """The quick version with these algorithms alone, with SiLU and ReLU."""
+    return lambda cells: training.smaller(cells, *(f"{name}, {x}" for name in algorithms for x in ("silu", "relu")))
+
+
+TINY = {"num_eval_episodes": 1, "hidden_sizes": (4,), "steps_per_epoch": 8, "total_steps": 1008}
+LQR_CELLS = cells(LQR, lqr_flags)
+EXPERIMENTS = {
+    "smooth_costs": Experiment(
+        title="Smooth activations let critics find the optimal linear policy",
+        question="What does a piecewise linear critic cost where a policy seeks its maximum?",
+        cells=LQR_CELLS,
+        measure=costs,
+        criterion=Criterion(
+            f"for {', '.join(EXPLICIT)}: the median cost on {LQR} with SiLU is at most {100 * (LIMIT - 1):.0f} % above "
+            "that of the closed-form optimal policy, and below that with ReLU.",
+            smooth_holds,
+        ),
+        notes="Numbers are discounted costs relative to the optimum: medians over the seeds, worst seeds in "
+        "parentheses. The fitted files learn from 5,000 steps with uniformly random actions. The figure "
+        "[below](#smooth_landscape) shows why ReLU costs so much.",
+        table=cost_table,
+        draw=draw_costs,
+        quick=of("fqi"),
+        sources=("common/lqr.py",),
+        sample=f"{SEEDS} seeds each; each cost is the mean of 2,048 episodes",
+    ),
+    "smooth_landscape": Experiment(
+        title="The value over actions with SiLU and with ReLU",
+        question="What does q(s, .) look like, of which a policy seeks the maximum?",
+        cells={label: LQR_CELLS[label] for label in ("fqi, silu", "fqi, relu")},
+        measure=landscape,
+        notes=f"Shown is the critic of fqi on {LQR}, seed 0, at three states; the dashed line is the optimal action. "
+        "The true q(s, .) is a parabola. A piecewise linear one has its maximum at a kink, wherever that lies.",
+        draw=draw_landscape,
+        quick=of("fqi"),
+        sources=("common/lqr.py",),
+        sample="one seed each",
+    ),
+    "smooth_returns": Experiment(
+        title="Activations on Pendulum-v1",
+        question="Which activation of the hidden layers gives the highest returns?",
+        cells=cells(PENDULUM, lambda algorithm: STEPS[PENDULUM] if algorithm in ACTOR_CRITICS else ""),
+        measure=training.learning_curves,
+        table=return_table,
+        draw=draw_returns,
+        quick=of("ddpg"),
+        sample=study.returns_sample(SEEDS),
+    ),
+    "smooth_time": Experiment(
+        title="The time that activations take",
+        question="How much slower than ReLU are smooth activations?",
+        cells={
+            "ddpg, 64 x 64": ("ddpg", {"num_eval_episodes": 1}, 5),
+            "ddpg, 256 x 256": ("ddpg", {"num_eval_episodes": 1, "hidden_sizes": (256, 256)}, 5),
+            "fqi, 64 x 64": ("fqi", {"num_eval_episodes": 1, "iterations_per_epoch": 1}, 5),
+        },
+        measure=times,
+        notes="Times are relative to ReLU, medians of interleaved repeats on one core.",
+        table=time_table,
+        quick=lambda _: {"ddpg": ("ddpg", TINY, 1)},
+        sources=("algorithms/ddpg.py", "algorithms/fqi.py"),
+        sample="5 interleaved repeats",
+    ),
+}
