@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from amortax.common import devices, lqr, plot, policy, record
+from amortax.common import devices, lqr, policy, record
 from experiments import drawing, study, training
-from experiments.curves import ACTOR_CRITICS, LQR_FLAGS, LQR_GAMMA, STEPS, optimum
+from experiments.curves import LQR_FLAGS, LQR_GAMMA, STEPS
 from experiments.study import Criterion, Experiment, column
 from experiments.training import FITTED, Run
 
 ACTIVATIONS = {"silu": drawing.GREEN, "elu": drawing.BLUE, "tanh": drawing.ORANGE, "relu": drawing.PINK}
-LQR, PENDULUM = "LQR-v0", "Pendulum-v1"
+LQR = "LQR-v0"
 EXPLICIT = ("fqi", "fqi_amortized", "nfqca", "ddpg")  # algorithms of deterministic policies without TD3's smoothing
 LIMIT = 1.1  # of their median cost relative to the optimum
 SEEDS = 8
@@ -29,17 +29,17 @@ ACTIONS = np.linspace(-1, 1, 401)  # at which q is drawn
 LANDSCAPE_STATES = ((0.5, 0.0), (-0.5, 0.5), (0.0, -0.8))
 
 
-# Costs and returns
+# Costs
 
 
-def cells(env, flags):
-    """`{label: Run}` of each algorithm with SiLU and ReLU, of ddpg with all; `flags(algorithm)` are the other flags."""
+def cells():
+    """`{label: Run}` of each algorithm with SiLU and ReLU, of ddpg with all."""
     runs = {}
     for algorithm in EXPLICIT:
         for activation in ACTIVATIONS if algorithm == "ddpg" else ("silu", "relu"):
             own = f"--activation {activation}" * (activation != "silu")  # which is the default
-            command = " ".join(f"{flags(algorithm)} {own}".split())
-            runs[f"{algorithm}, {activation}"] = Run(algorithm, env, command, seeds=SEEDS)
+            command = " ".join(f"{lqr_flags(algorithm)} {own}".split())
+            runs[f"{algorithm}, {activation}"] = Run(algorithm, LQR, command, seeds=SEEDS)
     return runs
 
 
@@ -93,48 +93,24 @@ def cost_table(rows):
     return study.table(["algorithm", *ACTIVATIONS], lines)
 
 
-def return_table(rows):
-    """Final return of each algorithm with each activation."""
-    lines = []
-    for algorithm in by_algorithm(rows):
-        labels = [f"{algorithm}, {activation}" for activation in ACTIVATIONS]
-        present = study.labels(rows)
-        lines.append([algorithm, *(study.estimate(study.final(rows, x)) if x in present else "" for x in labels)])
-    return study.table(["algorithm", *ACTIVATIONS], lines)
-
-
-def draw_activations(rows, value, middle, ylabel, limit, scale):
-    """For each algorithm its seeds with each activation, and their middle; `value(label)` gives the seeds' numbers."""
-    page, ((axes,),) = drawing.figure(10, 4)
+def draw_costs(rows):
+    """For each algorithm its seeds with each activation, and their medians."""
+    page, ((axes,),) = drawing.figure(9, 4)
     algorithms = by_algorithm(rows)
     for i, (activation, color) in enumerate(ACTIVATIONS.items()):
         axes.plot([], [], "o", color=color, label=activation)
         for x, algorithm in enumerate(algorithms):
-            label = f"{algorithm}, {activation}"
-            if label in study.labels(rows):
-                values = value(label)
-                place = x + 0.2 * (i - 1.5)
-                axes.plot([place + 0.06] * len(values), values, ".", color="0.65", markersize=4, zorder=1)
-                axes.plot(place, middle(values), "o", color=color, zorder=2)
-    axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="optimum")
+            values = column(rows, f"{algorithm}, {activation}", "cost_ratio")
+            place = x + 0.2 * (i - 1.5)
+            axes.plot([place + 0.06] * len(values), values, ".", color="0.65", markersize=4, zorder=1)
+            if len(values):
+                axes.plot(place, np.median(values), "o", color=color, zorder=2)
+    axes.axhline(1, color="black", linestyle="--", linewidth=1, label="optimum")
     axes.set_xticks(range(len(algorithms)), algorithms)
-    axes.set(ylabel=ylabel, yscale=scale)
+    axes.set(ylabel="cost / optimum (log scale)\nmedians; dots are seeds", yscale="log")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     return page
-
-
-def draw_costs(rows):
-    """Seeds and medians of the costs."""
-    ylabel = "cost / optimum (log scale)\nmedians; dots are seeds"
-    return draw_activations(rows, lambda label: column(rows, label, "cost_ratio"), np.median, ylabel, 1, "log")
-
-
-def draw_returns(rows):
-    """Seeds and interquartile means of the final returns."""
-    ylabel = "final greedy return\ninterquartile means; dots are seeds"
-    value = functools.partial(study.final, rows)
-    return draw_activations(rows, value, plot.iqm, ylabel, optimum(PENDULUM), "linear")
 
 
 # The value over actions
@@ -205,7 +181,7 @@ def of(*algorithms):
 
 
 TINY = {"num_eval_episodes": 1, "hidden_sizes": (4,), "steps_per_epoch": 8, "total_steps": 1008}
-LQR_CELLS = cells(LQR, lqr_flags)
+LQR_CELLS = cells()
 EXPERIMENTS = {
     "smooth_costs": Experiment(
         title="Smooth activations let critics find the optimal linear policy",
@@ -237,16 +213,6 @@ EXPERIMENTS = {
         quick=of("fqi"),
         sources=("common/lqr.py",),
         sample="one seed each",
-    ),
-    "smooth_returns": Experiment(
-        title="Activations on Pendulum-v1",
-        question="Which activation of the hidden layers gives the highest returns?",
-        cells=cells(PENDULUM, lambda algorithm: STEPS[PENDULUM] if algorithm in ACTOR_CRITICS else ""),
-        measure=training.learning_curves,
-        table=return_table,
-        draw=draw_returns,
-        quick=of("ddpg"),
-        sample=study.returns_sample(SEEDS),
     ),
     "smooth_time": Experiment(
         title="The time that activations take",
