@@ -102,7 +102,7 @@ CONFIGS = {
     "fqi_amortized": fqi_amortized.Config(**SMALL_FITTED, maximizer_steps=2),
     "nfqca": nfqca.Config(**SMALL_FITTED, rounds=2),
     "soft_fqi": soft_fqi.Config(**SMALL_FITTED, integral="importance", num_samples=4),
-    "dqn": dqn.Config(**SMALL, utd_ratio=1.0, target_period=8, epsilon_steps=80.0),
+    "dqn": dqn.Config(**SMALL, num_steps=1, utd_ratio=1.0, target_period=8, epsilon_steps=80.0),
     "reinforce": reinforce.Config(**SMALL_REINFORCE),
     "ppo": ppo.Config(**SMALL_PPO),
     "svg": svg.Config(**SMALL_SVG),
@@ -269,6 +269,13 @@ class Faulty(Clock):
         return jnp.where(at_end, self.obs, obs), state, reward, terminated, info
 
 
+class FaultyDiscrete(Faulty):
+    """The same, with two actions."""
+
+    def action_space(self, params):
+        return spaces.Discrete(2)
+
+
 class Unbounded(Clock):
     """Actions without bounds."""
 
@@ -288,6 +295,7 @@ for name, env_class, horizon, terminates in (
 ):
     gymnax.register(name, functools.partial(env_class, horizon, terminates))
 gymnax.register("LastObsNaN-test", functools.partial(Faulty, 3, True))
+gymnax.register("LastObsNaNDiscrete-test", functools.partial(FaultyDiscrete, 3, True))
 gymnax.register("ObsNaN-test", functools.partial(Faulty, 3, False))
 gymnax.register("RewardNaN-test", functools.partial(Faulty, 3, False, obs=1.0, reward=jnp.nan))
 

@@ -323,11 +323,11 @@ def test_values_stop_at_a_termination_and_not_at_a_time_limit(name, env):
 @every_file
 def test_last_observation_of_a_terminated_episode_may_be_nan(name):
     """No target, loss or parameter depends on it, in episodes of three steps."""
-    module, config = ALGORITHMS[name], replace(CONFIGS[name], env="LastObsNaN-test")
-    env_state, _ = module.make_env(config.env).reset(random.key(0))
-    _, _, _, next_obs, terminated, _ = module.make_env(config.env).step(
-        env_state.replace(time=2), jnp.zeros(1), random.key(0)
-    )
+    module, env = ALGORITHMS[name], "LastObsNaNDiscrete-test" if name == "dqn" else "LastObsNaN-test"
+    config, env = replace(CONFIGS[name], env=env), module.make_env(env)
+    env_state, _ = env.reset(random.key(0))
+    last = env_state.replace(time=2), jnp.zeros(env.action_dim), random.key(0)
+    _, _, _, next_obs, terminated, _ = env.step(*last)
     assert terminated
     assert np.isnan(next_obs).all()
     state, metrics = jax.jit(module.train)(config, random.key(0))

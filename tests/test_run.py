@@ -37,11 +37,8 @@ def flags_of(config):
     """The flags that give a configuration."""
     changed = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
     values = {name: getattr(config, name) for name in changed}
-    return [
-        word
-        for name, value in values.items()
-        for word in ("--" + name.replace("_", "-"), *map(str, value if isinstance(value, tuple) else (value,)))
-    ]
+    words = lambda value: () if value is True else map(str, value if isinstance(value, tuple) else (value,))
+    return [word for name, value in values.items() for word in ("--" + name.replace("_", "-"), *words(value))]
 
 
 # the runner, but with another share of its time for checkpoints

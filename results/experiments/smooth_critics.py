@@ -107,7 +107,7 @@ def draw_costs(rows):
                 axes.plot(place, np.median(values), "o", color=color, zorder=2)
     axes.axhline(1, color="black", linestyle="--", linewidth=1, label="optimum")
     axes.set_xticks(range(len(algorithms)), algorithms)
-    axes.set(ylabel="cost / optimum (log scale)\nmedians; dots are seeds", yscale="log")
+    axes.set(ylabel="cost / optimum\nmedians; dots are seeds")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     return page
