@@ -1,5 +1,8 @@
 """Checks before a command writes anything; each mistake ends it with one line."""
 
+import contextlib
+import dataclasses
+import functools
 import math
 import os
 
@@ -21,14 +24,22 @@ def check_config(config, function):
     except ValueError as error:
         if envs.explain(getattr(config, "env", None), error):
             raise
-        about_env = str(error).startswith("env=")
-        fitting = envs.CONTINUOUS_ENVS if "in a Box" in str(error) else envs.DISCRETE_ENVS
-        cli.fail_field(config, error, f"; some that fit: {', '.join(fitting)}" if about_env else "")
+        fitting = fitting_envs(config, function) if str(error).startswith("env=") else ()
+        cli.fail_field(config, error, f"; some that fit: {', '.join(fitting)}" if fitting else "")
     needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(result))
     present = devices.total_memory()
     if jax.default_backend() == "cpu" and needed > present:
         flag = f"--buffer-size {config.buffer_size}: " if hasattr(config, "buffer_size") else ""
         cli.fail(f"{flag}a run needs {needed / 2**30:.1f} GiB; this machine has {present / 2**30:.1f} GiB")
+
+
+def fitting_envs(config, function):
+    """Names of environments with bounded continuous or Discrete actions, of which `function` takes the first."""
+    for names in (envs.CONTINUOUS_ENVS, envs.DISCRETE_ENVS):
+        with contextlib.suppress(ValueError):
+            jax.eval_shape(functools.partial(function, dataclasses.replace(config, env=names[0])), jax.random.key(0))
+            return names
+    return ()
 
 
 def check_folders(out_folder, script, runs, grid, options, files=None, functions=None):

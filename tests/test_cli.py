@@ -12,7 +12,7 @@ import pytest
 from cases import CONFIGS, replace
 from test_run import flags_of
 
-from amortax.algorithms import ddpg, dqn, fqi, nfqca, ppo, soft_fqi, td3
+from amortax.algorithms import ddpg, dqn, fqi, nfqca, ppo, soft_fqi, svg, td3
 from amortax.common import checks, cli, envs, record, run
 
 SCRIPT = Path(td3.__file__)
@@ -40,6 +40,7 @@ MISTAKES = [
     (td3, "--env zzz", ["--env zzz: no such", "Reacher-misc"]),
     (td3, "--env CartPole-v1", ["--env CartPole-v1: must have actions in a Box", "some that fit:", "Swimmer-misc"]),
     (dqn, "--env Pendulum-v1", ["--env Pendulum-v1: must have Discrete actions", "some that fit:", "Acrobot-v1"]),
+    (svg, "--env Table-test", ["--env Table-test: must have transition gradients", "some that fit:", "Swimmer-misc"]),
     (dqn, "--loss absolute", ["--loss", "absolute", "huber"]),
     (dqn, "--target-period 0", ["--target-period 0: must be from 1"]),
     (ppo, "--clip 0", ["--clip 0.0: must be > 0\n"]),
