@@ -5,7 +5,6 @@ that costs, since its optimal policy is known: costs are discounted, over 2,048 
 Riccati gain from the same starts and with the same noise, as in `closed_form`.
 """
 
-import functools
 import importlib
 import statistics
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from amortax.common import devices, lqr, policy, record
-from experiments import drawing, study, training
+from experiments import closed_form, drawing, study, training
 from experiments.curves import LQR_FLAGS, LQR_GAMMA, STEPS
 from experiments.study import Criterion, Experiment, column
 from experiments.training import FITTED, Run
@@ -52,21 +51,7 @@ def lqr_flags(algorithm):
 
 def costs(run):
     """A row for each seed: the cost at the end of training, relative to the optimum."""
-    group, rows, evaluated = training.train(run), [], None
-    K = lqr.solve(gymnax.make(run.env)[1], LQR_GAMMA).K
-    for seed in range(run.seeds):
-        module, config, params = policy.load(record.seed_folder(group, seed))
-        evaluated = evaluated or jax.jit(functools.partial(cost_ratio, module))  # one program for all seeds
-        rows.append({"seed": seed, "cost_ratio": study.short(float(evaluated(config, params, K)))})
-    return rows
-
-
-def cost_ratio(module, config, params, K):
-    """The discounted cost of a policy relative to that of the gain `K`."""
-    system, key = gymnax.make(config.env)[1], jax.random.key(1)
-    policies = (lambda s: module.act(config, params, s)), (lambda s: -K @ s)
-    cost, least = (lqr.simulate(system, policy, LQR_GAMMA, key, 2048).mean() for policy in policies)
-    return cost / least
+    return [{name: row[name] for name in ("seed", "cost_ratio")} for row in closed_form.measure(run)]
 
 
 def smooth_holds(rows):
@@ -199,7 +184,7 @@ EXPERIMENTS = {
         table=cost_table,
         draw=draw_costs,
         quick=of("fqi"),
-        sources=("common/lqr.py",),
+        sources=("common/lqr.py", "results/experiments/closed_form.py"),
         sample=f"{SEEDS} seeds each; each cost is the mean of 2,048 episodes",
     ),
     "smooth_landscape": Experiment(
