@@ -280,7 +280,7 @@ def make_env(name):
     with jax.ensure_compile_time_eval():
         env, env_params = gymnax.make(name)
         space = env.action_space(env_params)
-        low, high = (np.broadcast_to(getattr(space, bound, np.nan), space.shape) for bound in ("low", "high"))
+        low, high = (np.full(space.shape, getattr(space, bound, np.nan), np.float32) for bound in ("low", "high"))
         max_steps = max(10_000, getattr(env_params, "max_steps_in_episode", 0))  # there may be no time limit
     fits = jnp.issubdtype(space.dtype, jnp.floating) and (np.abs([low, high]) < 1e38).all()  # finite also high - low
     if not fits:

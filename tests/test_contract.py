@@ -234,6 +234,28 @@ def test_actions_map_affinely_to_an_asymmetric_box(module):
 
 
 @pytest.mark.quick
+@every_file
+def test_an_environment_made_in_float64_serves_in_float32(name, request):
+    """It is made once per process, whose precision may change."""
+    module, env_name = ALGORITHMS[name], CONFIGS[name].env
+    module.make_env.cache_clear()
+    request.addfinalizer(module.make_env.cache_clear)
+    with jax.enable_x64(True):
+        jax.eval_shape(module.init, CONFIGS[name], random.key(0))
+    env = module.make_env(env_name)
+
+    def step(carry, key):
+        env_state, action = carry
+        env_state, obs, *_ = jax.vmap(env.step)(env_state, action, random.split(key, 2))
+        return (env_state, action), obs
+
+    env_state, _ = jax.vmap(env.reset)(random.split(random.key(0), 2))
+    carry = env_state, jnp.zeros((2, env.action_dim))
+    _, obs = jax.jit(lambda carry, keys: lax.scan(step, carry, keys))(carry, random.split(random.key(1), 3))
+    assert obs.dtype == jnp.float32
+
+
+@pytest.mark.quick
 def test_discrete_actions_are_codes():
     env = fqi.make_env("CartPole-v1")
     assert (env.discrete, env.action_dim) == (True, 2)
