@@ -287,9 +287,9 @@ def fit_quadratic(config, batch, target):
     """Ridge regression of `target` on quadratic features scaled to mean square 1, in closed form."""
     x = quadratic_features(jnp.concatenate([batch.obs, batch.action], axis=1))
     scale = jnp.sqrt(jnp.square(x).mean(axis=0)) + 1e-6
-    x /= scale
-    gram = x.T @ x / len(x) + config.ridge * jnp.eye(x.shape[1])
-    return jnp.linalg.solve(gram, x.T @ target / len(x)) / scale
+    x = jnp.concatenate([x / scale, jnp.sqrt(len(x) * config.ridge) * jnp.eye(len(scale))])
+    y = jnp.concatenate([target, jnp.zeros(len(scale))])
+    return jnp.linalg.lstsq(x, y, rcond=1e-6)[0] / scale  # by SVD: float32 has too few digits for x.T @ x
 
 
 def fit_critic(config, params, batch, target, key):

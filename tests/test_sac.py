@@ -253,9 +253,9 @@ def test_temperature_drives_the_entropy_to_its_target():
         learning_starts=400,
         steps_per_epoch=1200,
         num_eval_episodes=1,
-        hidden_sizes=(32, 32),
+        hidden_sizes=(16, 16),
         buffer_size=8000,
-        batch_size=64,
+        batch_size=256,
         learning_rate=1e-2,
     )
 
