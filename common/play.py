@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -36,6 +37,7 @@ class Play:
     seed: Annotated[int, ">= 0"] = 0  # of the episodes; Gymnasium gets seed + i for episode i
     backend: Literal["gymnax", "gymnasium"] = "gymnax"  # whose implementation of the environment to use
     gif: Path | None = None  # film the first episode into this file, which ends in .gif
+    traceback: bool = False  # show all of an exception from inside the environment, which gets one line otherwise
 
 
 class Episode(NamedTuple):
@@ -58,7 +60,20 @@ def main():
     cli.check_range("seed", play.seed, 0, cli.INT_MAX)
     if play.gif and (play.gif.suffix.lower() != ".gif" or play.gif.is_dir()):
         cli.fail(f"--gif {play.gif}: must be a file that ends in .gif")
-    module, config, params = policy.load(policy.find_seed(play.run), play.which)
+    module, config, params = policy.load(policy.find_seed(play.run), play.which, play.traceback)
+    try:
+        show(play, module, config, params)
+    except Exception as error:
+        inside_env = envs.explain(config.env, error)
+        if not inside_env:
+            raise
+        if play.traceback:
+            traceback.print_exception(error)
+        cli.fail(inside_env)
+
+
+def show(play, module, config, params):
+    """Print the returns of the episodes, and write the film."""
     if play.backend == "gymnax":
         returns = gymnax_returns(module.act, config, params, play.seed, jnp.arange(play.episodes))
     else:

@@ -35,10 +35,11 @@ def is_best(rows):
     return math.isfinite(last) and not any(x >= last for x in earlier)
 
 
-def load(folder, which="last"):
+def load(folder, which="last", show_traceback=False):
     """Return `(module, config, params)` of a saved run: the algorithm's module, its Config and its State.params.
 
     `which` is "last" or "best", the parameters with the highest mean return in an evaluation.
+    A broken environment ends the process with one line, after its traceback if that is asked for.
     """
     folder = Path(folder)
     description = record.read_config(folder)
@@ -47,7 +48,7 @@ def load(folder, which="last"):
         if record.sha256(module.__file__) != description["source_sha256"]:
             print(f"note: {module.__file__} has changed since this run", file=sys.stderr)
         changes = [f"{key}={value}" for key, value in description.get("env_params", {}).items()]
-        envs.register(description["config"]["env"], changes)
+        envs.register(description["config"]["env"], changes, show_traceback)
         known = description.get("env_sha256")  # of code that is not gymnax's
         if known and known != envs.describe(description["config"]["env"]).get("env_sha256"):
             print(f"note: the code of {description['config']['env']} has changed since this run", file=sys.stderr)

@@ -314,6 +314,10 @@ def host_fails_late():
     return on_host(80)
 
 
+def host_fails_in_the_third_step():
+    return on_host(3)
+
+
 # What breaks nothing, and is told, or not
 
 

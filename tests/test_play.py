@@ -451,6 +451,18 @@ def test_policy_of_another_precision_or_key_type(run_play, untrained, tmp_path, 
     assert err == (note if x64 else "")
 
 
+def test_an_exception_from_inside_the_environment_gets_one_line(run_play, tmp_path):
+    """In the third step of an episode, after the check of the contract; `--traceback` shows all of it."""
+    env = "broken_envs:host_fails_in_the_third_step"
+    envs.register(env)
+    folder = save_untrained(tmp_path / "seed_0", env)
+    assert_mistake(run_play(folder), f"--env {env}: ", "is gone")
+    code, out, err = run_play(folder, "--traceback")
+    assert (code, out) == (2, "")
+    assert err.count("\n") > 10
+    assert "is gone" in err.splitlines()[-1]
+
+
 def test_policy_that_does_not_fit(run_play, untrained, tmp_path):
     folder = shutil.copytree(untrained, tmp_path / "seed_0")
     params = policy.load(untrained)[2]

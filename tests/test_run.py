@@ -675,7 +675,8 @@ def test_fitted_q_counts_iterations_and_resumes(monkeypatch, capsys, tmp_path):
     ids=["reinforce", "ppo", "dqn", "svg", "svg_model", "shac"],
 )
 def test_policy_gradients_run_on_the_command_line(monkeypatch, tmp_path, name, changes, progress):
-    """Two seeds on two devices; the second is bitwise the run of that seed alone; the policy is read again."""
+    """Two seeds, one after the other; the second is bitwise the run of that seed alone; the policy is read again."""
+    use_devices(monkeypatch, 1)
     assert execute_other(monkeypatch, tmp_path, name, "--num-seeds", "2", "--no-plot", **changes) == 0
     assert execute_other(monkeypatch, tmp_path / "alone", name, "--seed", "1", "--no-plot", **changes) == 0
     places = {"algorithm": name, "env": CONFIGS[name].env}
