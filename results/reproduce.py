@@ -112,7 +112,7 @@ def redraw(name, out):
 
 
 def write(name, out, origin):
-    """Write figure, section and tables of claims from the data; `origin` says how, when and where they were measured."""
+    """Write figure, section and tables of claims from data; `origin` says how, when and where they were measured."""
     experiment = EXPERIMENTS[name]
     rows = study.numbers(study.read(out / "data" / f"{name}.csv"))
     if experiment.draw:

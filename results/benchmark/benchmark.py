@@ -1,4 +1,4 @@
-"""Measure speed and memory, also of peers; write `benchmark.json` and the tables in `results/README.md` and `README.md`.
+"""Measure speed and memory, also of peers; write `benchmark.json` and the tables of `results/README.md` and the README.
 
     python results/benchmark/benchmark.py                  everything except the peers
     python results/benchmark/benchmark.py --peers FOLDER   with each peer in a virtual environment in FOLDER
