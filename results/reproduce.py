@@ -45,6 +45,9 @@ from amortax.common import cli, plot, record
 MODULES = (lineage, films, optimum, curves, claims, smooth_critics, closed_form, boltzmann)
 MODULES += (estimators, distributions, gradient_variance, svg_gradients, maximizers, amortization_time)
 EXPERIMENTS = {name: experiment for module in MODULES for name, experiment in module.EXPERIMENTS.items()}
+# claims in the table of the project's README; that of this folder's README has all
+SELECTED = ("amortization", "overestimation", "policy_delay", "exploration", "smooth_costs")
+SELECTED += ("boltzmann", "closed_form_2", "pathwise_returns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +112,15 @@ def redraw(name, out):
 
 
 def write(name, out, origin):
-    """Write figure, section and list of claims from the data; `origin` says how, when and where they were measured."""
+    """Write figure, section and tables of claims from data; `origin` says how, when and where they were measured."""
     experiment = EXPERIMENTS[name]
     rows = study.numbers(study.read(out / "data" / f"{name}.csv"))
     if experiment.draw:
         save(experiment.draw(rows), out / figure_path(name))
     write_between(out / "README.md", name, section(name, rows, origin))
     if out == RESULTS:
-        write_between(ROOT / "README.md", "claims", claims_table())
+        write_between(RESULTS / "README.md", "claims", claims_table(EXPERIMENTS))
+        write_between(ROOT / "README.md", "claims", claims_table(SELECTED, "results/README.md"))
     print(f"{name}: {out / 'data' / name}.csv", flush=True)
 
 
@@ -144,14 +148,14 @@ def section(name, rows, origin):
     return "\n\n".join(parts)
 
 
-def claims_table():
-    """The claims with data in `results`, each with its verdict, for the project's README."""
+def claims_table(names, page=""):
+    """The claims among experiments `names` that have data in `results`, each with its verdict and a link to `page`."""
     lines = []
-    for name, experiment in EXPERIMENTS.items():
-        path = RESULTS / "data" / f"{name}.csv"
+    for name in names:
+        experiment, path = EXPERIMENTS[name], RESULTS / "data" / f"{name}.csv"
         if experiment.criterion and path.exists():
             verdict = study.verdict(study.judge(experiment, study.numbers(study.read(path))))
-            lines.append([f"[{experiment.title}](results/README.md#{name})", re.split("[:.]", verdict.lower())[0]])
+            lines.append([f"[{experiment.title}]({page}#{name})", re.split("[:.]", verdict.lower())[0]])
     return study.table(["claim", "verdict"], lines)
 
 

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, its commands are accepted by their parsers, its links and numbers exist."""
+"""The code of the pages runs as it stands, its commands are accepted by their parsers, its links and numbers exist."""
 
 import contextlib
 import dataclasses
@@ -16,24 +16,20 @@ import benchmark.benchmark
 import numpy as np
 import pytest
 import reproduce
+import shared_blocks
 from cases import ALGORITHMS
+from pages import PAGES, README, RESULTS, ROOT, TEXT, anchors, blocks, links, tables
 
 from amortax.algorithms import fqi, gradient_estimators, td3
 from amortax.common import base_points, cli, demo, play, record, run
 
-ROOT = Path(td3.__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
 # commands of one line, in blocks or in a sentence, also after `&&`
 COMMANDS = sorted(set(re.findall(r"(?:^|`|&& )(python (?:-m |[\w/]+\.py)[^`\n]*)", TEXT, re.MULTILINE)))
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
-
-
 def test_python_blocks_print_what_they_say(monkeypatch):
     """Unchanged and one after the other, but with small networks and batches, which are not in what they print."""
-    *ours, _ = blocks("python")
+    ours = blocks("python", README)
     assert len(ours) == 2
     monkeypatch.setattr(td3, "Config", functools.partial(td3.Config, hidden_sizes=(8,), batch_size=8))
     said, names = io.StringIO(), {}
@@ -47,8 +43,9 @@ def test_python_blocks_print_what_they_say(monkeypatch):
 
 
 def test_transitions_of_a_gymnasium_loop_are_learned_from(monkeypatch, tmp_path):
-    """The README's text, but for the number of steps; each transition goes on where the last one ended."""
-    *_, block = blocks("python")
+    """The text of the page, but for the number of steps; each transition goes on where the last one ended."""
+    (block,) = blocks("python", PAGES["algorithms/README.md"])
+    assert len(blocks("python")) == 3
     assert len(block.strip().splitlines()) <= 20
     monkeypatch.chdir(tmp_path)
     exec(block.replace("10_000", "450"), {})
@@ -76,8 +73,8 @@ def test_transitions_of_a_gymnasium_loop_are_learned_from(monkeypatch, tmp_path)
 @pytest.mark.quick
 def test_blocks_of_commands_are_those_that_other_tests_run():
     """tests/test_cli.py copies a file and runs it as here; tests/test_estimators.py has the numbers of the table."""
-    assert "pip install -e . && python algorithms/td3.py --seed 0\n" in blocks("bash")
-    assert 'pip install -e ".[test]" && pytest\n' in blocks("bash")
+    assert "pip install -e .\npython algorithms/td3.py --seed 0\n" in blocks("bash", README)
+    assert 'pip install -e ".[test]" && pytest\n' in blocks("bash", README)
     assert "cp algorithms/td3.py my_idea.py\npython my_idea.py --name first-try\n" in blocks("bash")
     assert "python algorithms/gradient_estimators.py --chapter-table\n" in blocks("bash")
 
@@ -100,6 +97,10 @@ def test_command_is_accepted_by_its_parser(command, monkeypatch):
         }
     elif script == "results/benchmark/benchmark.py":
         assert f"python {script} {' '.join(words)}" in benchmark.benchmark.__doc__
+    elif script == "tests/shared_blocks.py":
+        assert f"{' '.join([script, *words])} " in shared_blocks.__doc__
+    elif script == "algorithms/NAME.py":
+        assert not words
     elif name == "gradient_estimators":
         demo.parse(gradient_estimators.Config)
     else:
@@ -109,33 +110,49 @@ def test_command_is_accepted_by_its_parser(command, monkeypatch):
 
 
 @pytest.mark.quick
-def test_flags_and_links_name_what_exists():
+@pytest.mark.parametrize("name", [*PAGES, *RESULTS])
+def test_links_and_tables_are_whole(name):
+    text = (PAGES | RESULTS)[name]
+    for path, anchor in links(text):
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text()), anchor
+    for header, *rows in tables(text):
+        assert all(len(row) == len(header) for row in rows), header
+
+
+@pytest.mark.quick
+def test_flags_and_files_name_what_exists():
     assert len(COMMANDS) > 10
-    for link in re.findall(r"\]\(([\w./-]+)[#)]", TEXT):
-        assert (ROOT / link).exists(), link
-    headings = {x.lower() for x in re.findall(r'<a (?:id|name)="(.*?)"', (ROOT / "results" / "README.md").read_text())}
-    headings |= set(re.findall(r"^#+ (\w+)$", (ROOT / "results" / "README.md").read_text(), re.MULTILINE))
-    for anchor in re.findall(r"\]\(results/README.md#([\w-]+)\)", TEXT):
-        assert anchor in headings, anchor
     classes = [module.Config for module in (*ALGORITHMS.values(), gradient_estimators)]
     classes += [cli.Options, cli.Data, demo.Options, play.Play, reproduce.Reproduce]
     flags = {f"--{field.name.replace('_', '-')}" for x in classes for field in dataclasses.fields(x)}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
-    assert named - flags - {"--help", "--peers"} == set()
-    for name in [*ALGORITHMS, "gradient_estimators"]:
-        assert f"[`{name}.py`](algorithms/{name}.py)" in TEXT
+    commands = re.compile(r"`(?:ruff|python tests/).*?`|^ruff .*$", re.MULTILINE)  # of other programs
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", commands.sub("", TEXT)))
+    assert named - flags - {"--help", "--peers", "--no-double"} == set()
+    assert set(re.findall(r"\[`(\w+)\.py`\]\(algorithms/\w+\.py\)", README)) == {*ALGORITHMS, "gradient_estimators"}
     for diff in re.findall(r"`diff (\S+) (\S+)`", TEXT):
         assert all((ROOT / path).exists() for path in diff)
 
 
 @pytest.mark.quick
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) < 175
+    assert lines.index("pip install -e .") < 25
+
+
+@pytest.mark.quick
 def test_every_number_of_the_speed_tables_is_the_measured_one():
-    """The table of `results/README.md` is that of `benchmark.json`; the README quotes lines of it."""
     measured = json.loads((ROOT / "results" / "benchmark" / "benchmark.json").read_text())
-    table = benchmark.benchmark.table(measured)
-    assert "\n".join(table) in (ROOT / "results" / "README.md").read_text()
-    speed = TEXT[TEXT.index("## Speed") :].split("\n## ")[0]
-    quoted = [line for line in speed.splitlines() if re.match(r"\| \w+ \| ", line) and "| case |" not in line]
-    assert len(quoted) > 5
-    assert set(quoted) <= set(table)
-    assert measured["machine"] in speed
+    lines = benchmark.benchmark.table(measured)
+    assert "\n".join(lines) in RESULTS["results/README.md"]
+    short = benchmark.benchmark.short_table(measured)
+    assert "\n".join(["<!-- speed -->", *short, "<!-- end of speed -->"]) in README
+    _, *rows = tables("\n".join(short))[0]
+    assert len(rows) == len(benchmark.benchmark.QUOTED)
+    for algorithm, case, *numbers in rows:  # are those of the lines of the whole table
+        found = [line for line in lines if line.startswith(f"| {algorithm} | {case.removesuffix(', updates/s')} |")]
+        assert found
+        assert all(re.search(rf"[ ,]{re.escape(number)}\b", " ".join(found)) for number in numbers)
+    assert measured["machine"] in README

@@ -1,8 +1,9 @@
-"""Measure speed and memory, also of peers, and write `benchmark.json` and the table in `results/README.md`.
+"""Measure speed and memory, also of peers; write `benchmark.json` and the tables of `results/README.md` and the README.
 
     python results/benchmark/benchmark.py                  everything except the peers
     python results/benchmark/benchmark.py --peers FOLDER   with each peer in a virtual environment in FOLDER
     python results/benchmark/benchmark.py --only WORD ...  only these groups; the other rows of `benchmark.json` remain
+    python results/benchmark/benchmark.py --redraw         only the tables, from `benchmark.json`; measures nothing
 
 Groups: peers, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command. Measurements that are compared are
 interleaved, one turn of each after the other; the numbers are medians of `--turns` turns after a warm-up turn. Close
@@ -38,7 +39,14 @@ NAMES = {"rejax": "rejax", "sbx": "SBX", "sb3": "Stable-Baselines3"}
 ABSENT = "CleanRL's JAX TD3 and DDPG, PureJaxRL and Stoix are not available as packages: not measured."
 SINGLE_CORE = ("taskset", "--cpu-list", "0")
 GOAL = -200
-BEGIN, END = "<!-- benchmark -->", "<!-- end of benchmark -->"
+QUOTED = (  # the cases of the table in the README
+    ("td3", "64 x 64, buffer of 50,000"),
+    ("sac", "64 x 64, buffer of 50,000"),
+    ("td3", "256 x 256, buffer of 50,000"),
+    ("sac", "256 x 256, buffer of 50,000"),
+    ("td3", "8 seeds, 64 x 64, buffer of 50,000"),
+    ("td3", f"process start to a return of {GOAL}"),
+)
 
 
 # Workers: each runs in its own process and prints one JSON value or, if it serves, one for each line that it reads
@@ -514,20 +522,46 @@ def table(measured):
     return lines + [f"| {row['algorithm']} | {row['what']} | {row['measured']} | {row['beside']} |" for row in rows]
 
 
+def short_table(measured):
+    """The table of the README in Markdown: a line for each of the `QUOTED` cases, and a column for each peer."""
+    rows = [row for group in ("peers", "goal") for row in measured["groups"].get(group, ())]
+    lines = [f"| algorithm | case | Amortax | {' | '.join(NAMES.values())} |", "|---|---|---|---|---|---|"]
+    for algorithm, what in QUOTED:
+        found = [row for row in rows if (row["algorithm"], row["what"]) == (algorithm, what)]
+        theirs = " ".join(row["beside"] for row in found)
+        cells = [re.search(rf"\b{name},? (not in [\d,]+ steps|[\d,]+( s)?)", theirs) for name in NAMES.values()]
+        for row in found[:1]:
+            ours, *rate = row["measured"].split(" updates/s")
+            case = [algorithm, what + ", updates/s" * bool(rate), ours, *(cell[1] if cell else "" for cell in cells)]
+            lines.append(f"| {' | '.join(case)} |")
+    return [
+        *lines,
+        "",
+        "Pendulum-v1, ReLU networks, one update per environment step. Rates are medians of "
+        f"{measured['turns']} turns, times",
+        f"of 3 seeds from empty caches, on {measured['machine']};",
+        f"{', '.join(measured['peers'])}.",
+    ]
+
+
 def main():
     """Parse the command line; measure; write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", help="folder of the peers' virtual environments")
     parser.add_argument("--turns", type=int, default=5, help="number of turns to take medians of, 5 by default")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to measure")
+    parser.add_argument("--redraw", action="store_true", help="only write the tables, from benchmark.json")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         name, args = arguments.worker
         globals()[f"worker_{name}"](*json.loads(args))
         return
-    pythons = install(arguments.peers) if arguments.peers else {}
     path = FOLDER / "benchmark.json"
+    if arguments.redraw:
+        write_tables(json.loads(path.read_text()))
+        return
+    pythons = install(arguments.peers) if arguments.peers else {}
     measured = json.loads(path.read_text()) if path.exists() else {"groups": {}, "peers": []}
     measured |= {"machine": machine(), "turns": arguments.turns}
     if pythons:
@@ -538,14 +572,18 @@ def main():
             measured["groups"][group].append(row)
             print(f"| {row['algorithm']} | {row['what']} | {row['measured']} | {row['beside']} |", flush=True)
             path.write_text(json.dumps(measured, indent=1) + "\n")
-    write_table(measured)
+    write_tables(measured)
 
 
-def write_table(measured):
-    """Write the table into `results/README.md`."""
-    readme = RESULTS / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text("\n".join([before + BEGIN, *table(measured), END + rest.split(END)[1]]))
+def write_tables(measured):
+    """Write the tables into `results/README.md` and the project's README, each between two markers."""
+    for path, name, lines in (
+        (RESULTS / "README.md", "benchmark", table(measured)),
+        (ROOT / "README.md", "speed", short_table(measured)),
+    ):
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, rest = path.read_text().split(begin)
+        path.write_text("\n".join([before + begin, *lines, end + rest.split(end)[1]]))
 
 
 if __name__ == "__main__":
