@@ -13,9 +13,8 @@ announced = set()  # folders of the runs whose divergence this process has print
 
 
 def losses(metrics):
-    """The losses among the metrics by name; the objective where there are none."""
-    found = {name: value for name, value in metrics._asdict().items() if "loss" in name}
-    return found or {name: value for name, value in metrics._asdict().items() if name == "objective"}
+    """The losses and the objective among the metrics by name."""
+    return {name: value for name, value in metrics._asdict().items() if "loss" in name or name == "objective"}
 
 
 def is_finite(state, metrics):
@@ -34,7 +33,7 @@ def first_quantity(algorithm, config, state, metrics):
         if quantity:
             return quantity
     named = {name: value for name, value in losses(metrics).items() if not np.isfinite(value).all()}
-    if "objective" in named:  # a sum of rewards, and no gradient that is not finite is followed
+    if named and set(losses(metrics)) == {"objective"}:  # a sum of rewards, of whose gradients only finite ones count
         return "reward is"
     return f"loss ({', '.join(named)}) is" if named else "parameters are"
 

@@ -25,7 +25,7 @@ import pytest
 from cases import ALGORITHMS, CONFIGS, assert_close, assert_same, replace
 
 from amortax.algorithms import fqi, td3
-from amortax.common import checkpoint, checks, cli, devices, milp, plot, policy, programs, record, run
+from amortax.common import checkpoint, checks, cli, devices, divergence, milp, plot, policy, programs, record, run
 
 SCRIPT = Path(td3.__file__)
 CONFIG = replace(CONFIGS["td3"], total_steps=160)  # six epochs
@@ -585,6 +585,20 @@ def test_the_first_quantity_that_is_not_finite_is_named(monkeypatch, capsys, tmp
         == f"seed 0 diverged: {quantity} is not finite after {record.amount({n: x[-1] for n, x in columns.items()})}"
     )
     assert columns["finite"].tolist() == [0]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "quantity"), [("svg", "reward is"), ("shac", "loss (objective) is"), ("svg_model", "loss (objective) is")]
+)
+def test_an_objective_that_is_not_finite_is_a_divergence(name, quantity):
+    """Even where every other number is finite; where nothing but rewards is in it, these are named."""
+    metrics = ALGORITHMS[name].Metrics._make(np.ones(len(ALGORITHMS[name].Metrics._fields)))
+    state = SimpleNamespace(params=np.ones(3))
+    assert divergence.is_finite(state, metrics)
+    metrics = metrics._replace(objective=np.float64(np.inf))
+    assert not divergence.is_finite(state, metrics)
+    assert divergence.first_quantity({}, CONFIGS[name], state, metrics) == quantity
 
 
 def test_a_diverged_run_ends_alike_where_the_others_were_interrupted(monkeypatch, tmp_path):
