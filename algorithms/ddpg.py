@@ -323,9 +323,11 @@ def sample_rows(config, buffer, step, key, num_batches):
 
 
 def read(config, buffer, rows):
-    """The stored transitions: `rows [n]` to `Transition [n]`."""
+    """The stored transitions: `rows [...]` to `Transition [...]`."""
     _, unravel = ravel_pytree(example(config))
-    return jax.vmap(unravel)(buffer.at[rows].get(mode="promise_in_bounds"))
+    for _ in rows.shape:
+        unravel = jax.vmap(unravel)
+    return unravel(buffer.at[rows].get(mode="promise_in_bounds"))
 
 
 # Training
@@ -347,14 +349,14 @@ def iteration(config, state, number):
     key, key_rows = random.split(state.key)
     num_updates = round(config.utd_ratio * config.num_envs * config.num_steps)
     rows = sample_rows(config, state.buffer, state.step, key_rows, num_updates)
+    batches = read(config, state.buffer, rows)
     counts = number * num_updates + 1 + jnp.arange(num_updates)
 
     def step(carry, xs):
-        rows, count = xs
-        *carry, losses = update(config, *carry, read(config, state.buffer, rows), count)
+        *carry, losses = update(config, *carry, *xs)
         return tuple(carry), losses
 
-    (params, opt_state), losses = lax.scan(step, (state.params, state.opt_state), (rows, counts))
+    (params, opt_state), losses = lax.scan(step, (state.params, state.opt_state), (batches, counts))
     return state._replace(params=params, opt_state=opt_state, key=key), losses
 
 

@@ -358,9 +358,11 @@ def sample_rows(config, buffer, step, key, num_batches):
 
 
 def read(config, buffer, rows):
-    """The stored transitions: `rows [n]` to `Transition [n]`."""
+    """The stored transitions: `rows [...]` to `Transition [...]`."""
     _, unravel = ravel_pytree(example(config))
-    return jax.vmap(unravel)(buffer.at[rows].get(mode="promise_in_bounds"))
+    for _ in rows.shape:
+        unravel = jax.vmap(unravel)
+    return unravel(buffer.at[rows].get(mode="promise_in_bounds"))
 
 
 # Training
@@ -381,14 +383,14 @@ def iteration(config, state):
     key, key_rows, key_noise = random.split(state.key, 3)
     num_updates = round(config.utd_ratio * config.num_envs * config.num_steps)
     rows = sample_rows(config, state.buffer, state.step, key_rows, num_updates)
+    batches = read(config, state.buffer, rows)
     noise = random.normal(key_noise, (num_updates, 2, config.batch_size, make_env(config.env).action_dim))
 
     def step(carry, xs):
-        rows, noise = xs
-        *carry, losses = update(config, *carry, read(config, state.buffer, rows), noise)
+        *carry, losses = update(config, *carry, *xs)
         return tuple(carry), losses
 
-    (params, opt_state), losses = lax.scan(step, (state.params, state.opt_state), (rows, noise))
+    (params, opt_state), losses = lax.scan(step, (state.params, state.opt_state), (batches, noise))
     return state._replace(params=params, opt_state=opt_state, key=key), losses
 
 

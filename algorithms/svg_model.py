@@ -378,9 +378,11 @@ def sample_rows(config, buffer, step, key, num_batches):
 
 
 def read(config, buffer, rows):
-    """The stored transitions: `rows [n]` to `Transition [n]`."""
+    """The stored transitions: `rows [...]` to `Transition [...]`."""
     _, unravel = ravel_pytree(example(config))
-    return jax.vmap(unravel)(buffer.at[rows].get(mode="promise_in_bounds"))
+    for _ in rows.shape:
+        unravel = jax.vmap(unravel)
+    return unravel(buffer.at[rows].get(mode="promise_in_bounds"))
 
 
 def sample_sequences(config, buffer, step, length, key):
@@ -413,12 +415,14 @@ def fit_model(config, state):
     state = collect(config, state, explore)
     key, key_rows = random.split(state.key)
 
-    def step(carry, rows):
-        *carry, loss = update_model(config, *carry, read(config, state.buffer, rows))
+    rows = sample_rows(config, state.buffer, state.step, key_rows, config.model_steps)
+    batches = read(config, state.buffer, rows)
+
+    def step(carry, batch):
+        *carry, loss = update_model(config, *carry, batch)
         return tuple(carry), loss
 
-    rows = sample_rows(config, state.buffer, state.step, key_rows, config.model_steps)
-    (model, opt_state), losses = lax.scan(step, (state.params.model, state.opt_state.model), rows)
+    (model, opt_state), losses = lax.scan(step, (state.params.model, state.opt_state.model), batches)
     params, opt_state = state.params._replace(model=model), state.opt_state._replace(model=opt_state)
     return state._replace(params=params, opt_state=opt_state, key=key), losses.mean()
 
