@@ -194,16 +194,17 @@ def update(config, params, opt_state, batch, noise, count):
     critic_losses, grads = jax.value_and_grad(critic_loss, has_aux=True)(params.critic, config, batch, target)
     critic_params, critic_opt_state = apply_grads(config, grads, params.critic, opt_state.critic)
 
-    def update_policy(actor_params, actor_opt_state, targets):
+    def update_policy(_, policy):
+        actor_params, actor_opt_state, targets, _ = policy
         loss, grads = jax.value_and_grad(actor_loss)(actor_params, critic_params, config, batch)
         actor_params, actor_opt_state = apply_grads(config, grads, actor_params, actor_opt_state)
         targets = optax.incremental_update((actor_params, critic_params), targets, config.tau)
         return actor_params, actor_opt_state, targets, loss
 
-    # a branch also under vmap, because `count` comes from a scan's index
-    due = count % config.policy_delay == 0
-    old = params.actor, opt_state.actor, (params.target_actor, params.target_critic)
-    actor_params, actor_opt_state, targets, loss = lax.cond(due, update_policy, lambda *old: (*old, 0.0), *old)
+    # once or not at all: XLA updates in place what a loop carries, and copies what leaves a branch
+    due = jnp.where(count % config.policy_delay == 0, 1, 0)
+    old = params.actor, opt_state.actor, (params.target_actor, params.target_critic), 0.0
+    actor_params, actor_opt_state, targets, loss = lax.fori_loop(0, due, update_policy, old)
     params = Params(actor_params, critic_params, *targets)
     return params, OptState(actor_opt_state, critic_opt_state), (*critic_losses, loss)
 
