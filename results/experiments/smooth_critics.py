@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from amortax.common import devices, lqr, policy, record
+from amortax.common import devices, lqr, plot, policy, record
 from experiments import closed_form, drawing, study, training
-from experiments.curves import LQR_FLAGS, LQR_GAMMA, STEPS
+from experiments.curves import ACTOR_CRITICS, LQR_FLAGS, LQR_GAMMA, STEPS
 from experiments.study import Criterion, Experiment, column
 from experiments.training import FITTED, Run
 
 ACTIVATIONS = {"silu": drawing.GREEN, "elu": drawing.BLUE, "tanh": drawing.ORANGE, "relu": drawing.PINK}
 LQR = "LQR-v0"
+SWING_UP = "Pendulum-v1"
 EXPLICIT = ("fqi", "fqi_amortized", "nfqca", "ddpg")  # algorithms of deterministic policies without TD3's smoothing
 LIMIT = 1.1  # of their median cost relative to the optimum
 SEEDS = 8
@@ -95,6 +96,55 @@ def draw_costs(rows):
     axes.set(ylabel="cost / optimum\nmedians; dots are seeds")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
+    return page
+
+
+# Returns
+
+
+def return_cells():
+    """`{label: Run}` of every algorithm with a critic over actions, with each activation."""
+    runs = {}
+    for algorithm in (*ACTOR_CRITICS, *FITTED):
+        for activation in ACTIVATIONS:
+            own = f"{STEPS[SWING_UP]} " * (algorithm in ACTOR_CRITICS) + f"--activation {activation}"
+            runs[f"{algorithm}, {activation}"] = Run(algorithm, SWING_UP, own, seeds=SEEDS)
+    return runs
+
+
+def returns_hold(rows):
+    """For each algorithm: the final return with SiLU is not below that with ReLU."""
+    return {
+        algorithm: not study.is_below(study.final(rows, f"{algorithm}, silu"), study.final(rows, f"{algorithm}, relu"))
+        for algorithm in by_algorithm(rows)
+    }
+
+
+def activation_table(rows):
+    """Final returns of each algorithm with each activation."""
+    present = study.labels(rows)
+    shown = lambda label: study.estimate(study.final(rows, label)) if label in present else ""
+    lines = [[name, *(shown(f"{name}, {x}") for x in ACTIVATIONS)] for name in by_algorithm(rows)]
+    return study.table(["algorithm", *ACTIVATIONS], lines)
+
+
+def draw_returns(rows):
+    """For each algorithm its seeds with each activation, and their interquartile means with intervals."""
+    page, ((axes,),) = drawing.figure(11, 4)
+    algorithms, present = by_algorithm(rows), study.labels(rows)
+    for i, (activation, color) in enumerate(ACTIVATIONS.items()):
+        axes.plot([], [], "o", color=color, label=activation)
+        for x, algorithm in enumerate(algorithms):
+            if f"{algorithm}, {activation}" in present:
+                values, place = study.final(rows, f"{algorithm}, {activation}"), x + 0.2 * (i - 1.5)
+                axes.plot([place + 0.06] * len(values), values, ".", color="0.65", markersize=4, zorder=1)
+                center = plot.iqm(values)
+                low, high = plot.interval(values)
+                axes.errorbar(place, center, [[center - low], [high - center]], fmt="o", color=color, zorder=2)
+    axes.set_xticks(range(len(algorithms)), algorithms)
+    axes.set(ylabel=f"{SWING_UP}\nfinal greedy return per episode")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small", ncols=4)
     return page
 
 
@@ -186,6 +236,20 @@ EXPERIMENTS = {
         quick=of("fqi"),
         sources=("common/lqr.py", "results/experiments/closed_form.py"),
         sample=f"{SEEDS} seeds each; each cost is the mean of 2,048 episodes",
+    ),
+    "smooth_returns": Experiment(
+        title=f"Smooth activations learn {SWING_UP} as well as ReLU",
+        question="Does the activation matter for returns where the optimal policy is not linear?",
+        cells=return_cells(),
+        measure=training.learning_curves,
+        criterion=Criterion(
+            "for each algorithm: the final return with SiLU is not below that with ReLU.", returns_hold
+        ),
+        notes="All files have SiLU as their default; `--activation` chooses another.",
+        table=activation_table,
+        draw=draw_returns,
+        quick=of("ddpg"),
+        sample=study.returns_sample(seeds=SEEDS),
     ),
     "smooth_landscape": Experiment(
         title="The value over actions with SiLU and with ReLU",
