@@ -26,6 +26,7 @@ from cases import (
     load_broken,
     np_critic,
     np_critics,
+    np_mlp,
     random_layers,
     replace,
     silu,
@@ -291,6 +292,35 @@ def test_three_steps_are_read_from_the_buffer_without_a_copy_of_it(my_idea):
     state = jax.eval_shape(lambda key: my_idea.init(config, key), seed_key())
     compiled = jit(lambda state: my_idea.iteration(config, state, 0), donate_argnums=0).lower(state).compile()
     assert_touches_batches_only(compiled, depth=0, num_seeds=1)
+
+
+# One critic; Ornstein-Uhlenbeck noise
+
+
+@pytest.mark.quick
+def test_one_critic_gives_the_target(changed):
+    """As td3's minimum where both critics are the first."""
+    module, (config, params, _, batch, noise) = changed("td3_one_critic"), hand_case()
+    first = jax.tree.map(lambda x: np.stack([x[0], x[0]]), params.target_critic)
+    with jax.enable_x64(True):
+        target = module.td_target(config, params, batch, noise)
+        expected = td3.td_target(config, params._replace(target_critic=first), batch, noise)
+    np.testing.assert_allclose(target, expected, rtol=1e-12)
+
+
+@pytest.mark.quick
+def test_the_noise_is_an_ornstein_uhlenbeck_process(changed):
+    """A step of the Euler-Maruyama method by hand, and greedy actions plus noise, clipped."""
+    module, noise, key = changed("td3_ou_noise"), np.array([[-1.0], [0.5], [2.0]]), random.key(1)
+    config = module.Config(ou_theta=0.2, ou_sigma=0.3, ou_mu=0.4, ou_dt=0.25)
+    normal = np.asarray(random.normal(key, noise.shape))
+    expected = noise + 0.2 * (0.4 - noise) * 0.25 + 0.3 * 0.5 * normal
+    actor = random_layers(np.random.default_rng(0), (3, 4), (4, 1))
+    params, obs = module.Params(actor, None, None, None), np.eye(3)
+    action, after = module.explore(config, params, obs, jnp.asarray(noise), key)
+    np.testing.assert_allclose(after, expected, rtol=1e-5)
+    by_hand = np.clip(np.tanh(np_mlp(actor, obs)) + expected, -1, 1)
+    np.testing.assert_allclose(action, by_hand, rtol=1e-5)
 
 
 # Layer normalization
