@@ -395,6 +395,8 @@ VERDICTS = [
     ("targets", {"ddpg, every 1": -900, "ddpg, every 40": -190, "ddpg, tau 0.1": -150}, "Does not hold."),
     ("n_step", {"td3, 1 step": -400, "td3, 3 steps": -300}, "Holds."),
     ("n_step", {"td3, 1 step": -300, "td3, 3 steps": -400}, "Does not hold."),
+    ("changes", {"td3": -400, "td3, schedule": -300}, "Holds."),
+    ("changes", {"td3": -300, "td3, 4 updates": -200, "td3, 5 critics and 4 updates": -300.5}, "Does not hold."),
     ("pathwise_returns", {"svg": -150, "reinforce": -1000}, "Holds."),
     ("pathwise_returns", {"svg": -1000, "reinforce": -1000}, "Does not hold."),
 ]

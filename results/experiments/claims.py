@@ -271,6 +271,69 @@ N_STEP = {
 }
 
 
+# Changes to TD3, each a diff in `changes/`
+
+CHANGES = {
+    "td3": ("td3", "", ""),
+    "td3, 4 updates": ("td3", "--utd-ratio 4", ""),
+    "td3, layer norm and 4 updates": ("td3", "--utd-ratio 4", "td3_layer_norm"),
+    "td3, 5 critics and 4 updates": ("td3", "--utd-ratio 4", "td3_ensemble"),
+    "td3, prioritized": ("td3", "", "td3_prioritized"),
+    "td3, normalized obs": ("td3", "", "td3_normalize_obs"),
+    "td3, schedule": ("td3", "", "td3_schedule"),
+}
+UNCHANGED = ("td3", "td3, 4 updates")
+
+
+def improves(rows, label, other):
+    """Whether the mean over training of a changed algorithm is above another's; with a schedule, the final return."""
+    measured = study.final if "schedule" in label else study.mean_over_training
+    return is_below(measured(rows, other), measured(rows, label))
+
+
+def changes_hold(rows):
+    """For each change and environment: it improves on td3."""
+    changed = [label for label in study.labels(rows) if study.split(label)[0] not in UNCHANGED]
+    return {label.removeprefix("td3, "): improves(rows, label, f"td3 on {study.split(label)[1]}") for label in changed}
+
+
+def changes_notes(rows):
+    """What the changes are, and what their number of updates alone does not explain."""
+    text = (
+        "`4 updates` is a `utd_ratio` of 4. `5 critics` takes the minimum of two of them, drawn anew for each update. "
+        "With `schedule` the step sizes fall linearly to zero at the end of the run. The exponents of `prioritized` "
+        "are 0.6 for the probabilities and 0.4 for the weights, without annealing."
+    )
+    changed = [label for label in study.labels(rows) if "and 4 updates" in label]
+    answers = {label: improves(rows, label, f"td3, 4 updates on {study.split(label)[1]}") for label in changed}
+    listed = "; ".join(f"{label.removeprefix('td3, ')}: {'yes' if x else 'no'}" for label, x in answers.items())
+    return text + (f" The criterion against td3 with as many updates: {listed}." if listed else "")
+
+
+def draw_changes(rows):
+    """Return over training: a column for each change, and a row for each environment."""
+    envs, present = study.envs(rows), study.labels(rows)
+    changes = list(dict.fromkeys(study.split(label)[0] for label in present))
+    changes = [variant for variant in changes if variant not in UNCHANGED]
+    page, panels = drawing.figure(2.7 * len(changes), 2.9 * len(envs), len(envs), len(changes), sharey="row")
+    for row, env in zip(panels, envs, strict=True):
+        for axes, change in zip(row, changes, strict=True):
+            styles = {"td3": {"color": "0.5"}, change: {"color": plot.COLORS["td3"]}}
+            if "4 updates" in change:
+                styles["td3, 4 updates"] = {"color": drawing.BLUE}
+            for variant, style in styles.items():
+                if f"{variant} on {env}" in present:
+                    name = variant.removeprefix("td3, ") if variant == change else variant
+                    drawing.draw_curve(axes, rows, f"{variant} on {env}", name, per=1e3, **style)
+            drawing.draw_optimum(axes, optimum(env))
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="x-small", loc="lower right")
+        row[0].set_ylabel(f"{env}\ngreedy return per episode")
+    for axes in panels[-1]:
+        axes.set_xlabel("environment steps (thousands)", fontsize="small")
+    return page
+
+
 # Which of REINFORCE's settings decide whether it swings the pendulum up
 
 MILLION = "--total-steps 1024000 --steps-per-epoch 102400"
@@ -405,6 +468,25 @@ EXPERIMENTS = {
         draw=draw_over_training,
         quick=lambda cells: training.smaller(cells, "td3, 1 step on Pendulum-v1", "td3, 3 steps on Pendulum-v1"),
         sample=study.returns_sample(),
+    ),
+    "changes": Experiment(
+        title="Five ideas from the literature, a few lines each, improve TD3",
+        question="Which common changes to TD3 improve it on tasks as small as these?",
+        cells={label: run._replace(seeds=8) for label, run in cells(CHANGES, (PENDULUM, REACHER)).items()},
+        measure=training.learning_curves,
+        criterion=Criterion(
+            "for each change and environment: the return, averaged over all evaluations as a measure of learning "
+            "speed, is above that of td3; with a schedule, the final return is.",
+            changes_hold,
+        ),
+        notes=changes_notes,
+        table=over_training_table,
+        draw=draw_changes,
+        quick=lambda cells: training.smaller(
+            cells,
+            *(f"td3{x} on Pendulum-v1" for x in ("", ", 4 updates", ", layer norm and 4 updates", ", prioritized")),
+        ),
+        sample=study.returns_sample(seeds=8),
     ),
     "reinforce_settings": Experiment(
         title="REINFORCE on Pendulum-v1 depends on all of its settings",
