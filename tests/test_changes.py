@@ -266,7 +266,7 @@ def test_n_steps_equal_a_walk_over_the_trajectories(my_idea, count):
     ("recorded", "old", "new"),
     [
         (record, "rows + k * config.num_envs", "rows + k"),
-        (record, " & (later.obs == batch.next_obs).all(axis=1)", ""),
+        (record, " & (later.obs == batch.next_obs).all(axis=-1)", ""),
         (coin_flips, "(k <= num_later) & ", ""),
         (coin_flips, "(batch.terminated == 0) & ", ""),
         (coin_flips, "joins &= ", "joins = "),
