@@ -189,9 +189,9 @@ def table(rows):
 QUICK = {  # every algorithm somewhere
     "Pendulum-v1": ("ddpg", "td3", "fqi", "svg"),
     "MountainCarContinuous-v0": ("nfqca",),
-    "PointRobot-misc": ("sac_value",),
+    "PointRobot-misc": ("sac_value", "ppo"),
     "Reacher-misc": ("sac", "svg_model"),
-    "Swimmer-misc": ("fqi_amortized",),
+    "Swimmer-misc": ("fqi_amortized", "shac"),
     "LQR-v0": ("soft_fqi", "reinforce"),
 }
 
