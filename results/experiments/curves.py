@@ -26,7 +26,8 @@ SHORTER = {  # flags of the others; Pendulum has their defaults
 }
 MODEL = "--gamma 0.97 --num-rollouts 64 --iterations-per-epoch 80"
 PPO = "--total-steps 98304 --steps-per-epoch 8192"  # whole iterations
-SHAC = {}  # flags where they differ from the defaults
+LONGER = "--total-steps 2048000 --steps-per-epoch 204800"
+SHAC = {"Reacher-misc": LONGER, "Swimmer-misc": LONGER}  # Pendulum-v1 has the defaults
 LQR_GAMMA = 0.9
 LQR_FLAGS = {  # for episodes of 20 steps and wide bounds of the actions
     **dict.fromkeys(FITTED, "--exploration-range 0.3"),
