@@ -61,9 +61,9 @@ class Config:
     activation: Literal["relu", "silu", "elu", "tanh"] = jax.tree.static(default="silu")  # of the hidden layers
     actor_learning_rate: Annotated[float, "> 0"] = 2e-3  # Adam's step size for the policy
     critic_learning_rate: Annotated[float, "> 0"] = 2e-3  # Adam's step size for the critic
-    gamma: Annotated[float, "in [0, 1]"] = 0.99  # discount per environment step
+    gamma: Annotated[float, "in [0, 1]"] = 0.97  # discount per environment step
     td_lambda: Annotated[float, "in [0, 1]"] = 0.95  # decay of the critic's targets, 0 is one step, 1 the whole window
-    tau: Annotated[float, "in [0, 1]"] = 0.5  # step of the target critic towards the critic, once per iteration
+    tau: Annotated[float, "in [0, 1]"] = 0.2  # step of the target critic towards the critic, once per iteration
     initial_std: Annotated[float, "> 0"] = 0.3  # initial standard deviation of the policy before tanh
     max_grad_norm: Annotated[float, "> 0"] = 1.0  # norm to which longer gradients of the policy are clipped
 

@@ -22,7 +22,7 @@ COLORS = {  # one per algorithm, in all figures; color-blind safe (Okabe and Ito
     "svg_model": "#44AA99",
     "shac": "#332288",
     "reinforce": "#999933",
-    "ppo": "#332288",
+    "ppo": "#EE3377",
     "dqn": "#117733",
 }
 

@@ -5,15 +5,16 @@
     python results/benchmark/benchmark.py --only WORD ...  only these groups; the other rows of `benchmark.json` remain
     python results/benchmark/benchmark.py --redraw         only the tables, from `benchmark.json`; measures nothing
 
-Groups: peers, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command. Measurements that are compared are
-interleaved, one turn of each after the other; the numbers are medians of `--turns` turns after a warm-up turn. Close
-other programs.
+Groups: peers, steps, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command. Measurements that are
+compared are interleaved, one turn of each after the other; the numbers are medians of `--turns` turns after a warm-up
+turn. Close other programs.
 """
 
 import argparse
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -28,15 +29,29 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER.parent
 ROOT = RESULTS.parent
-ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "svg_model")  # those with a replay buffer
-EVERY_ALGORITHM = ("fqi", "fqi_amortized", "nfqca", "soft_fqi", *ALGORITHMS, "reinforce")
+ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "dqn", "svg_model")  # those with a replay buffer
+EVERY_ALGORITHM = ("fqi", "fqi_amortized", "nfqca", "soft_fqi", *ALGORITHMS, "reinforce", "ppo", "svg", "shac")
+ON_POLICY = {"num_envs": 4, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4}  # of ppo, also in `peers.py`
+DISCRETE = {  # fields of what is compared on CartPole-v1
+    "dqn": {"num_steps": 1, "utd_ratio": 1.0, "batch_size": 256},
+    "ppo": ON_POLICY | {"steps_per_epoch": 10_240},
+}
+RATES = {  # cases of the files whose updates are not one for each environment step
+    "dqn, CartPole-v1": ("dqn", {"steps_per_epoch": 4_000}),
+    "ppo, CartPole-v1, 4 environments, 128 steps": ("ppo", DISCRETE["ppo"]),
+    "ppo, Breakout-MinAtar, 64 environments, 128 steps": (
+        "ppo",
+        ON_POLICY | {"env": "Breakout-MinAtar", "num_envs": 64, "num_minibatches": 8, "steps_per_epoch": 16_384},
+    ),
+    "shac, Pendulum-v1": ("shac", {"steps_per_epoch": 20_480}),
+}
 PEERS = {  # requirements for pip
     "rejax": ("rejax==0.1.3", "gymnax==0.0.9"),
     "sbx": ("sbx-rl==0.28.0", "gymnasium[classic-control]==1.4.0"),
     "sb3": ("stable-baselines3==2.9.2", "gymnasium[classic-control]==1.4.0"),
 }
 NAMES = {"rejax": "rejax", "sbx": "SBX", "sb3": "Stable-Baselines3"}
-ABSENT = "CleanRL's JAX TD3 and DDPG, PureJaxRL and Stoix are not available as packages: not measured."
+ABSENT = "CleanRL's JAX DQN, TD3 and DDPG, PureJaxRL and Stoix are not available as packages: not measured."
 SINGLE_CORE = ("taskset", "--cpu-list", "0")
 GOAL = -200
 QUOTED = (  # the cases of the table in the README
@@ -97,6 +112,12 @@ def serve(call, updates):
         print(json.dumps({"updates": updates, "seconds": seconds, "peak": peak}), flush=True)
 
 
+def worker_steps(name, fields):
+    """Serve epochs, counted by their environment steps."""
+    module, config = load(name, **fields)
+    serve(prepare(module, config), iterations_per_epoch(config) * config.num_envs * config.num_steps)
+
+
 def worker_epochs(name, fields, num_seeds=1, grid=None):
     """Serve epochs of all runs; `grid` maps fields to the values that are swept."""
     num_runs = num_seeds
@@ -107,8 +128,16 @@ def worker_epochs(name, fields, num_seeds=1, grid=None):
 
 
 def updates_per_epoch(config):
-    """Updates of one run: one per iteration of SVG, one per environment step of the others."""
-    return getattr(config, "iterations_per_epoch", None) or config.steps_per_epoch
+    """Updates of one run: of the policy for SVG, PPO and SHAC, of the critics for those with a `utd_ratio`."""
+    if hasattr(config, "utd_ratio"):
+        return round(iterations_per_epoch(config) * config.num_envs * config.num_steps * config.utd_ratio)
+    return iterations_per_epoch(config) * getattr(config, "update_epochs", 1) * getattr(config, "num_minibatches", 1)
+
+
+def iterations_per_epoch(config):
+    """Iterations of one run."""
+    given = getattr(config, "iterations_per_epoch", None)
+    return given or math.ceil(config.steps_per_epoch / (config.num_envs * config.num_steps))
 
 
 def compiled(updates, *arguments):
@@ -132,8 +161,8 @@ def worker_floor(name, fields):
     (rows,) = module.sample_rows(config, state.buffer, state.step, random.key(1), 1)
     batch = module.read(config, state.buffer, rows)
     noise = random.normal(random.key(2), (2, *batch.action.shape))
-    inputs = {"ddpg": (), "td3": (noise[0],), "sac_value": (noise,), "sac": (noise,)}  # besides the batch
-    counted = name in ("ddpg", "td3")  # which updates include the policy or the targets depends on their number
+    inputs = {"ddpg": (), "td3": (noise[0],), "sac_value": (noise,), "sac": (noise,), "dqn": ()}  # besides the batch
+    counted = name in ("ddpg", "td3", "dqn")  # which updates include the policy or the targets depends on their number
 
     def update(carry, count):
         if name == "svg_model":
@@ -314,11 +343,17 @@ def measure_peers(turns, pythons):
         ("td3", 64, 1_000_000, 1, {"rejax": 1000}),
         ("td3", 64, 50_000, 8, {"rejax": 2000}),
         ("sac", 64, 50_000, 8, {"rejax": 2000}),
+        ("dqn", 64, 50_000, 1, {"rejax": 4000, "sbx": 2000, "sb3": 1000}),
+        ("ppo", 64, 0, 1, {"rejax": 51_200, "sbx": 5120, "sb3": 2560}),  # without a buffer
     ]
     for name, hidden, buffer, seeds, steps in cases if pythons else ():
         fields = {"hidden_sizes": [hidden, hidden], "buffer_size": buffer}
         fields |= {"steps_per_epoch": 1000} if hidden == 256 or seeds > 1 else {}
-        commands = [command_of("epochs", name, fields | {"num_envs": n}, seeds) for n in (8, 1)]
+        if name == "ppo":
+            del fields["buffer_size"]
+        fields |= DISCRETE.get(name, {})
+        number_of_envs = (4, 1) if name == "ppo" else (8, 1)
+        commands = [command_of("epochs", name, fields | {"num_envs": n}, seeds) for n in number_of_envs]
         for peer, number in steps.items():
             script = [pythons[peer], FOLDER / "peers.py", peer, name.upper()]
             commands.append([*script, hidden, buffer, seeds, number])
@@ -327,8 +362,17 @@ def measure_peers(turns, pythons):
         for peer, (rate, peer_peak) in zip(steps, theirs, strict=True):
             text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f} ({one_env / rate:.1f} x with num_envs 1); "
             text += f"memory {peak / 2**20:,.0f} MiB, {peer_peak / 2**20:,.0f} MiB"
-            what = f"{many}{hidden} x {hidden}, buffer of {buffer:,}"
+            what = f"{many}{hidden} x {hidden}, {f'buffer of {buffer:,}' if buffer else '4 environments, 128 steps'}"
+            what += ", CartPole-v1" * (name in DISCRETE)
             yield updates_row(name, what, ours, text, ours / rate)
+
+
+def measure_steps(turns, pythons):
+    """Environment steps per second, with the updates that they ask for."""
+    for what, (name, fields) in RATES.items():
+        ((rate, peak),) = take_turns(turns, command_of("steps", name, fields))
+        row = {"algorithm": name, "what": what.removeprefix(f"{name}, "), "measured": f"{rate:,.0f} steps/s"}
+        yield row | {"beside": f"memory {peak / 2**20:,.0f} MiB", "value": rate, "ratio": None}
 
 
 def measure_goal(turns, pythons):

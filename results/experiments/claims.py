@@ -2,7 +2,7 @@
 
 from amortax.common import plot
 from experiments import drawing, study, training, value_bias
-from experiments.curves import LQR_FLAGS, LQR_GAMMA, STEPS, optimum
+from experiments.curves import DISCRETE, LQR_FLAGS, LQR_GAMMA, ONLINE, STEPS, optimum, runs
 from experiments.study import Criterion, Experiment, is_below
 from experiments.training import Run
 
@@ -263,6 +263,52 @@ def higher_over_training(rows, variant, other):
     return {env: is_below(mean(other, env), mean(variant, env)) for env in study.envs(rows)}
 
 
+# Short windows with a critic against whole rollouts, and clipped steps against one: runs of the learning curves
+
+WINDOWS = {f"{name} on {env}": runs(env)[name] for env in (PENDULUM, REACHER, SWIMMER) for name in ("shac", "svg")}
+SWUNG_UP = -150
+CARTPOLE = "CartPole-v1"
+CLIPPED = {
+    f"ppo on {PENDULUM}": runs(PENDULUM)["ppo"],
+    f"reinforce on {PENDULUM}": runs(PENDULUM)["reinforce"],
+    f"ppo on {CARTPOLE}": ONLINE[f"ppo on {CARTPOLE}"],
+    f"reinforce on {CARTPOLE}": DISCRETE[f"reinforce on {CARTPOLE}"],
+}
+CLIPPED_LEAST = {PENDULUM: -165, CARTPOLE: 500}
+
+
+def trained_for(rows, label):
+    """The environment steps of a label's runs."""
+    return study.returns(rows, label)[0][-1]
+
+
+def windows_hold(rows):
+    """For each environment: shac is above svg; on Pendulum-v1 it reaches SWUNG_UP in at most half of svg's steps."""
+    answers = {}
+    for env in study.envs(rows):
+        finals = study.finals(rows, env)
+        if env == PENDULUM:
+            shorter = trained_for(rows, f"shac on {env}") <= trained_for(rows, f"svg on {env}") / 2
+            answers[env] = shorter and plot.iqm(finals["shac"]) >= SWUNG_UP
+        else:
+            answers[env] = is_below(finals["svg"], finals["shac"])
+    return answers
+
+
+def clipped_hold(rows):
+    """For each environment: ppo reaches the given return in fewer steps than reinforce takes."""
+    answers = {}
+    for env in study.envs(rows):
+        shorter = trained_for(rows, f"ppo on {env}") < trained_for(rows, f"reinforce on {env}")
+        answers[env] = shorter and plot.iqm(study.final(rows, f"ppo on {env}")) >= CLIPPED_LEAST[env]
+    return answers
+
+
+def steps_table(rows):
+    """Final returns, and how many steps they took."""
+    return study.return_table(rows, environment_steps=lambda label: f"{trained_for(rows, label):,.0f}")
+
+
 # n-step targets: the change that `changes/README.md` explains
 
 N_STEP = {
@@ -451,6 +497,39 @@ EXPERIMENTS = {
         table=lambda rows: over_training_table(rows, digits=2),
         draw=draw_over_training,
         quick=lambda cells: training.smaller(cells, *list(cells)[:2]),
+        sample=study.returns_sample(),
+    ),
+    "short_windows": Experiment(
+        title="Short windows with a critic learn from fewer steps than whole rollouts",
+        question="Does SHAC, which differentiates short windows and has a critic, learn better than SVG?",
+        cells=WINDOWS,
+        measure=training.learning_curves,
+        criterion=Criterion(
+            f"on {PENDULUM}: SHAC's final interquartile mean is at least {SWUNG_UP} in at most half of SVG's steps; on "
+            f"{REACHER} and {SWIMMER}: its final return is above SVG's.",
+            windows_hold,
+        ),
+        notes="The runs are those of the learning curves.",
+        table=steps_table,
+        draw=draw_over_training,
+        quick=lambda cells: training.smaller(cells, f"shac on {PENDULUM}", f"svg on {PENDULUM}"),
+        sample=study.returns_sample(),
+    ),
+    "clipped_steps": Experiment(
+        title="Several clipped steps on the same transitions learn from fewer samples than one",
+        question="How much faster than REINFORCE does PPO learn?",
+        cells=CLIPPED,
+        measure=training.learning_curves,
+        criterion=Criterion(
+            "for each environment: in fewer steps than REINFORCE takes PPO's final interquartile mean is at least "
+            + " and ".join(f"{least} on {env}" for env, least in CLIPPED_LEAST.items())
+            + ".",
+            clipped_hold,
+        ),
+        notes="The runs are those of the learning curves.",
+        table=steps_table,
+        draw=draw_over_training,
+        quick=lambda cells: training.smaller(cells, f"ppo on {PENDULUM}", f"reinforce on {PENDULUM}"),
         sample=study.returns_sample(),
     ),
     "n_step": Experiment(

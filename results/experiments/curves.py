@@ -25,6 +25,9 @@ SHORTER = {  # flags of the others; Pendulum has their defaults
     "reinforce": "--total-steps 102400 --steps-per-epoch 10240",
 }
 MODEL = "--gamma 0.97 --num-rollouts 64 --iterations-per-epoch 80"
+PPO = "--total-steps 98304 --steps-per-epoch 8192"  # whole iterations
+LONGER = "--total-steps 2048000 --steps-per-epoch 204800"
+SHAC = {"Reacher-misc": LONGER, "Swimmer-misc": LONGER}  # Pendulum-v1 has the defaults
 LQR_GAMMA = 0.9
 LQR_FLAGS = {  # for episodes of 20 steps and wide bounds of the actions
     **dict.fromkeys(FITTED, "--exploration-range 0.3"),
@@ -32,6 +35,7 @@ LQR_FLAGS = {  # for episodes of 20 steps and wide bounds of the actions
     "td3": "--exploration-noise 0.2 --learning-rate 3e-4",
     "sac_value": "--alpha 0.2",
     "svg": "--horizon 20",
+    "shac": "--num-steps 20",
 }
 
 
@@ -51,7 +55,8 @@ def runs(env):
     cells = {name: run(name, STEPS[env]) for name in ACTOR_CRITICS}
     cells |= {name: run(name, flags) for name, flags in fitted.items()}
     cells |= {"svg": run("svg", flags["svg"]), "svg_model": run("svg_model", MODEL)}
-    return cells | {"reinforce": run("reinforce", flags["reinforce"])}
+    cells |= {"reinforce": run("reinforce", flags["reinforce"])}
+    return cells | {"ppo": run("ppo", PPO), "shac": run("shac", SHAC.get(env, ""))}
 
 
 GROWING = (
@@ -63,6 +68,46 @@ DISCRETE = {f"fqi on {env}": Run("fqi", env, GROWING, seeds=8) for env in LEAST}
     f"reinforce on {env}": Run("reinforce", env, "--total-steps 256000 --steps-per-epoch 25600")
     for env in ("CartPole-v1", "Acrobot-v1")
 }
+
+ONLINE = {  # of whole iterations
+    "dqn on CartPole-v1": Run("dqn", "CartPole-v1", "--total-steps 49960 --steps-per-epoch 4896"),
+    "ppo on CartPole-v1": Run("ppo", "CartPole-v1", PPO),
+    "dqn on Acrobot-v1": Run("dqn", "Acrobot-v1", "--total-steps 99960 --steps-per-epoch 9896"),
+    "ppo on Acrobot-v1": Run("ppo", "Acrobot-v1", PPO),
+    "dqn on MountainCar-v0": Run("dqn", "MountainCar-v0", "--total-steps 119960 --steps-per-epoch 11896"),
+    "ppo on MountainCar-v0": Run("ppo", "MountainCar-v0", PPO),
+}
+REACHED = {  # final returns of solved tasks
+    "dqn on CartPole-v1": 500,
+    "ppo on CartPole-v1": 500,
+    "dqn on Acrobot-v1": -80,
+    "dqn on MountainCar-v0": -112,
+}
+MINATAR_PPO = (
+    "--total-steps 1966080 --steps-per-epoch 196608 --num-envs 64 --num-steps 128 --update-epochs 4 --num-minibatches 8"
+    " --actor-learning-rate 5e-3 --critic-learning-rate 5e-3 --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.01"
+    " --activation relu"
+)
+MINATAR_DQN = (
+    "--total-steps 999872 --steps-per-epoch 99488 --learning-starts 4992 --num-envs 8 --num-steps 4 --utd-ratio 0.25"
+    " --learning-rate 3e-4 --epsilon-steps 100000 --epsilon-end 0.02"
+)
+GAMES = {"Breakout-MinAtar": 55, "SpaceInvaders-MinAtar": 135}  # final returns asked of ppo
+MINATAR = {
+    f"{algorithm} on {env}": Run(algorithm, env, flags, seeds=8)
+    for env in GAMES
+    for algorithm, flags in (("dqn", MINATAR_DQN), ("ppo", MINATAR_PPO))
+}
+
+
+def reach(least, rows):
+    """For each label of `least`: whether its final interquartile mean is at least that."""
+    return {label: plot.iqm(study.final(rows, label)) >= x for label, x in least.items() if label in study.labels(rows)}
+
+
+def listed(least):
+    """`{label: number}` as text."""
+    return ", ".join(f"{number} for {label}" for label, number in least.items())
 
 
 def discrete_holds(rows):
@@ -95,7 +140,11 @@ def lqr_return(system):
 PANELS = {  # title: its algorithms, unit of progress, and what that is divided by
     "replay": (ACTOR_CRITICS, "environment steps (thousands)", 1e3),
     "fitted to random base points": (FITTED, "iterations", 1),
-    "policy gradients": (("svg", "svg_model", "reinforce"), "environment steps (thousands, log scale)", 1e3),
+    "policy gradients": (
+        ("svg", "svg_model", "shac", "reinforce", "ppo"),
+        "environment steps (thousands, log scale)",
+        1e3,
+    ),
 }
 TICKS = {"Pendulum-v1": (-1500, -1000, -500, -300, -200, -150), "LQR-v0": (-100, -50, -20, -10, -5, -4)}
 
@@ -141,9 +190,9 @@ def table(rows):
 QUICK = {  # every algorithm somewhere
     "Pendulum-v1": ("ddpg", "td3", "fqi", "svg"),
     "MountainCarContinuous-v0": ("nfqca",),
-    "PointRobot-misc": ("sac_value",),
+    "PointRobot-misc": ("sac_value", "ppo"),
     "Reacher-misc": ("sac", "svg_model"),
-    "Swimmer-misc": ("fqi_amortized",),
+    "Swimmer-misc": ("fqi_amortized", "shac"),
     "LQR-v0": ("soft_fqi", "reinforce"),
 }
 
@@ -161,6 +210,26 @@ def experiment(env, note, episodes="128 episodes"):
         quick=lambda cells: training.smaller(cells, *QUICK[env]),
         sample=study.returns_sample(episodes=episodes),
     )
+
+
+def draw_online(rows):
+    """A panel for each environment."""
+    envs = study.envs(rows)
+    page, panels = drawing.figure(3.8 * len(envs), 3.4, 1, len(envs))
+    for axes, env in zip(panels[0], envs, strict=True):
+        for label, algorithm in study.variants(rows, env).items():
+            drawing.draw_curve(axes, rows, label, algorithm, per=1e3, color=drawing.algorithm_color(label))
+        drawing.draw_optimum(axes, 500 if env == "CartPole-v1" else None)
+        axes.set(title=env, xlabel="environment steps (thousands)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    panels[0][0].set_ylabel("greedy return per episode")
+    return page
+
+
+def length_table(rows):
+    """Returns, and how many steps each algorithm was trained for."""
+    return study.return_table(rows, trained_for=lambda label: f"{study.returns(rows, label)[0][-1]:,.0f} steps")
 
 
 def draw_discrete(rows):
@@ -212,5 +281,39 @@ EXPERIMENTS = {
         draw=draw_discrete,
         quick=lambda cells: training.smaller(cells, "fqi on CartPole-v1", "reinforce on CartPole-v1"),
         sample="8 seeds of fqi and 16 of reinforce; each return is the mean of 128 episodes",
+    ),
+    "curves_online_discrete": Experiment(
+        title="DQN and PPO solve tasks with discrete actions",
+        question="How fast do DQN and PPO learn with discrete actions, and how well?",
+        cells=ONLINE,
+        measure=training.learning_curves,
+        criterion=Criterion(
+            f"for each task: the final interquartile mean is at least {listed(REACHED)}.",
+            functools.partial(reach, REACHED),
+        ),
+        notes="A reward of -1 for each step until the goal says nothing before it is reached, which on MountainCar-v0 "
+        "random actions hardly ever do: PPO, which has no replay, has nothing to learn from.",
+        table=length_table,
+        draw=draw_online,
+        quick=lambda cells: training.smaller(cells, "dqn on CartPole-v1", "ppo on CartPole-v1"),
+        sample=study.returns_sample(),
+    ),
+    "curves_minatar": Experiment(
+        title="PPO learns Breakout and Space Invaders of MinAtar in two million steps",
+        question="How fast do DQN and PPO learn games from images of 10 x 10 pixels, and how well?",
+        cells=MINATAR,
+        measure=training.learning_curves,
+        criterion=Criterion(
+            "for each game: PPO's final interquartile mean is at least "
+            + ", ".join(f"{least} on {env}" for env, least in GAMES.items())
+            + ".",
+            functools.partial(reach, {f"ppo on {env}": least for env, least in GAMES.items()}),
+        ),
+        notes="Images are flattened, and networks have two layers of 64 units, without convolutions. PPO has the "
+        "published settings of PureJaxRL for these games, in a fifth of its steps, DQN an update every four steps.",
+        table=length_table,
+        draw=draw_online,
+        quick=lambda cells: training.smaller(cells, "dqn on Breakout-MinAtar", "ppo on Breakout-MinAtar"),
+        sample=study.returns_sample(8),
     ),
 }

@@ -8,7 +8,7 @@ from matplotlib.patches import ConnectionPatch
 from amortax.algorithms import gradient_estimators
 from amortax.common import plot
 from experiments import drawing, study, training
-from experiments.curves import DISCRETE, optimum, runs
+from experiments.curves import DISCRETE, ONLINE, optimum, runs
 from experiments.study import Experiment, short
 from experiments.training import FITTED, Run
 
@@ -19,19 +19,24 @@ PLACES = {  # file: row, column, what it adds
     "nfqca": (0, 2, "the policy ascends q;\nno solver"),
     "ddpg": (0, 3, "online data, replay,\ntarget networks"),
     "td3": (0, 4, "two critics, smoothing,\na delayed actor"),
+    "dqn": (1, 0, "all discrete actions;\nonline data, replay"),
     "soft_fqi": (1, 1, "a log-integral instead\nof the maximum"),
     "sac_value": (1, 3, "maximum entropy,\npathwise gradients"),
     "sac": (1, 4, "a learned\ntemperature"),
-    "gradient_estimators": (2, 1, "derivatives of\nexpectations"),
-    "reinforce": (2, 0, "score function\nof a policy"),
-    "svg": (2, 2, "gradients through\nthe dynamics"),
-    "svg_model": (2, 3, "a learned model\nof the dynamics"),
+    "gradient_estimators": (2, 2, "derivatives of\nexpectations"),
+    "reinforce": (2, 1, "score function\nof a policy"),
+    "ppo": (2, 0, "several clipped steps\non the same transitions"),
+    "svg": (2, 3, "gradients through\nthe dynamics"),
+    "svg_model": (2, 4, "a learned model\nof the dynamics"),
+    "shac": (1, 2, "short windows,\nthen a critic"),
 }
 ARROWS = (
     ("fqi", "fqi_amortized"), ("fqi_amortized", "nfqca"), ("nfqca", "ddpg"), ("ddpg", "td3"),
-    ("fqi", "soft_fqi"), ("soft_fqi", "sac_value"), ("sac_value", "sac"),
-    ("gradient_estimators", "reinforce"), ("gradient_estimators", "svg"), ("svg", "svg_model"),
+    ("fqi", "dqn"), ("fqi", "soft_fqi"), ("td3", "sac_value"), ("sac_value", "sac"),
+    ("gradient_estimators", "reinforce"), ("reinforce", "ppo"),
+    ("gradient_estimators", "svg"), ("svg", "svg_model"), ("svg", "shac"),
 )  # fmt: skip
+ELSEWHERE = {"dqn": "dqn on CartPole-v1", "reinforce": "reinforce on CartPole-v1"}  # not on Pendulum-v1
 COLORS = plot.COLORS | {"gradient_estimators": "#000000"}
 
 
@@ -55,9 +60,9 @@ def measure(cell):
 
 def draw(rows):
     """A small learning curve for each file, at its place in the lineage."""
-    page = Figure(figsize=(13, 8.4), dpi=120)
+    page = Figure(figsize=(13, 9), dpi=120)
     panels = page.subplots(3, 5, gridspec_kw={"wspace": 0.5, "hspace": 0.85})
-    page.subplots_adjust(left=0.05, right=0.985, top=0.95, bottom=0.09)
+    page.subplots_adjust(left=0.05, right=0.985, top=0.955, bottom=0.145)
     present, axes_of = study.labels(rows), {}
     for axes in panels.ravel():
         axes.set_axis_off()
@@ -78,7 +83,7 @@ def draw(rows):
         elif name in present:
             per = 1 if name in FITTED else 1e3
             drawing.draw_curve(axes, rows, name, name, per=per, color=COLORS[name], linewidth=2)
-            on_pendulum = name != "reinforce"
+            on_pendulum = name not in ELSEWHERE
             axes.axhline(optimum(ENV) if on_pendulum else 500, color="black", linestyle="--", linewidth=1)
             axes.set_ylim((-1700, 0) if on_pendulum else (0, 540))
             axes.text(0.97, 0.05, "iterations" if per == 1 else "thousands of steps", transform=axes.transAxes,
@@ -90,11 +95,11 @@ def draw(rows):
             ConnectionPatch(*places, *["axes fraction"] * 2, axesA=axes_of[start], axesB=axes_of[end], **arrow)
         )
     legend = (
-        "Greedy return on Pendulum-v1\n(reinforce: CartPole-v1),\n16 seeds: interquartile mean\n"
-        "and 95 % interval;\ndashed: the optimum.\n\n"
-        "gradient_estimators: three\nestimates of a derivative over\nsamples; dashed: the true one."
+        "Greedy return on Pendulum-v1 (dqn and reinforce: CartPole-v1), 16 seeds: interquartile mean and 95 % interval;"
+        " dashed: the optimum.\n"
+        "gradient_estimators: three estimates of a derivative over the number of samples; dashed: the true one."
     )
-    panels[2, 4].text(-0.25, 0.5, legend, fontsize=9.5, va="center")
+    page.text(0.5, 0.015, legend, fontsize=10.5, ha="center", va="bottom", linespacing=1.4)
     return page
 
 
@@ -113,18 +118,22 @@ def draw_estimates(axes, rows):
 
 
 def ends(start, end):
-    """Start and end of an arrow in the coordinates of their panels: along a row, or down and to the right."""
+    """Start and end of an arrow in the coordinates of their panels: along a row or column, or from corner to corner."""
     (row, column), (end_row, end_column) = PLACES[start][:2], PLACES[end][:2]
     if row == end_row:
         return ((1.03, 0.5), (-0.3, 0.5)) if column < end_column else ((-0.16, 0.5), (1.03, 0.5))
-    return (0.5, -0.55), (-0.3, 0.5)
+    if column == end_column:
+        return (0.5, -0.48), (0.5, 1.2)
+    if row > end_row:
+        return (-0.05, 1.1), (1.1, -0.35)
+    return ((1.05, -0.35), (-0.1, 1.1)) if column < end_column else ((-0.1, -0.35), (1.1, 1.1))
 
 
 EXPERIMENTS = {
     "lineage": Experiment(
         title="The lineage",
         cells={name: run for name, run in runs(ENV).items() if name in PLACES}
-        | {"reinforce": DISCRETE["reinforce on CartPole-v1"]}
+        | {name: (DISCRETE | ONLINE)[label] for name, label in ELSEWHERE.items()}
         | {"gradient_estimators": 16},
         measure=measure,
         question="What does each file add to its predecessor, and how does it learn?",

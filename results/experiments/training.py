@@ -34,6 +34,8 @@ SMALL = {  # flags of a run that takes a second
     "fitted": "--num-iterations 2 --iterations-per-epoch 1 --num-base-points 200 --fit-steps 4 --batch-size 16",
     "actor-critic": "--total-steps 1200 --learning-starts 400 --steps-per-epoch 400 --batch-size 16",
     "reinforce": "--total-steps 64 --steps-per-epoch 32 --num-envs 4 --num-steps 4 --batch-size 4",
+    "ppo": "--total-steps 64 --steps-per-epoch 32 --num-envs 4 --num-steps 4 --num-minibatches 2",
+    "shac": "--total-steps 64 --steps-per-epoch 32 --num-envs 4 --num-steps 4 --batch-size 4",
     "svg": "--num-iterations 4 --iterations-per-epoch 2 --num-rollouts 2 --horizon 3",
     "svg_model": "--num-iterations 4 --iterations-per-epoch 2 --num-rollouts 2 --horizon 3 --learning-starts 40"
     " --batch-size 16",
