@@ -282,6 +282,10 @@ def test_names(monkeypatch, capsys):
 @pytest.mark.parametrize("name", NAMES)
 def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name, tmp_path):
     experiment = reproduce.EXPERIMENTS[name]
+    if not (RESULTS / "data" / f"{name}.csv").exists():  # to be measured: it has no section
+        assert f"<!-- {name} -->" not in README or f"<!-- {name} -->\n<!-- end of {name} -->" in README
+        assert not (RESULTS / reproduce.figure_path(name)).exists()
+        return
     rows = study.read(RESULTS / "data" / f"{name}.csv")
     assert labels(rows) == list(experiment.cells)
     for label, cell in experiment.cells.items():
