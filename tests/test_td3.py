@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from cases import (
     CONFIGS,
     assert_close,
@@ -187,6 +188,24 @@ def test_an_epoch_makes_its_updates(fields, critic_updates, actor_updates):
 
 
 # Learning
+
+
+@pytest.mark.quick
+def test_exploration_is_gaussian_around_the_actor_and_within_the_box():
+    rng = np.random.default_rng(0)
+    params = td3.Params(random_layers(rng, (3, 8), (8, 2)), None, None, None)
+    obs = np.tile(rng.normal(size=3), (4000, 1))
+    mean = np.tanh(np_mlp(params.actor, obs[0]))
+    for std in (0.05, 0.4):
+        config = td3.Config(exploration_noise=std)
+        action = np.asarray(td3.explore(config, params, obs, random.key(0)))
+        for a, center in zip(action.T, mean, strict=True):
+            clipped = scipy.stats.norm(center, std).cdf([-1, 1]) * [1, -1] + [0, 1]  # masses at the bounds
+            np.testing.assert_allclose([(a == -1).mean(), (a == 1).mean()], clipped, atol=0.02)
+            inside = a[np.abs(a) < 1]
+            within = scipy.stats.truncnorm(*((np.array([-1, 1]) - center) / std), center, std)
+            assert scipy.stats.kstest(inside, within.cdf).pvalue > 0.01
+    assert 0 < (np.abs(action) == 1).mean() < 0.9
 
 
 # A broken TD3 shows in its returns, or in its critics' value less the discounted return that they are to estimate (less
