@@ -2,6 +2,8 @@
 
     amortax td3 --seed 0                                as python algorithms/td3.py --seed 0
     amortax play results/runs/td3/Pendulum-v1/default   as python -m amortax.common.play ...
+
+The file of a command is executed as a script, so that its results are bitwise those of the script.
 """
 
 import difflib
@@ -41,7 +43,7 @@ def summary(path):
 
 
 def run(path):
-    """Execute a file as `__main__`, with `sys.argv` as it is."""
+    """Execute a file as `__main__`, as Python does with a script, but with `sys.argv` as it is."""
     spec = importlib.util.spec_from_file_location("__main__", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["__main__"] = module
