@@ -60,7 +60,9 @@ def warn(message):
 
 def resume_command():
     """This command with all its flags, to be pasted into a shell, and --resume."""
-    return shlex.join(["python", *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+    script, *given = sys.argv
+    program = script.split() if script.startswith("amortax ") else ["python", script]  # see main.py
+    return shlex.join([*program, *given, *([] if "--resume" in given else ["--resume"])])
 
 
 def flags(fields):

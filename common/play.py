@@ -52,10 +52,10 @@ class Episode(NamedTuple):
 
 
 def main():
-    """Command line: `python -m amortax.common.play RUN`."""
+    """Command line: `amortax play RUN`, or `python -m amortax.common.play RUN`."""
     cli.show_warnings()
     cli.show_rules(Play)
-    play = cli.parse(Play, prog="python -m amortax.common.play")
+    play = cli.parse(Play, prog="amortax play")
     cli.check_range("episodes", play.episodes, 1, cli.INT_MAX)
     cli.check_range("seed", play.seed, 0, cli.INT_MAX)
     if play.gif and (play.gif.suffix.lower() != ".gif" or play.gif.is_dir()):

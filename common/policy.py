@@ -44,8 +44,9 @@ def load(folder, which="last", show_traceback=False):
     folder = Path(folder)
     description = record.read_config(folder)
     try:
-        module = load_algorithm(description["algorithm"], description["source"])
-        if record.sha256(module.__file__) != description["source_sha256"]:
+        source = description.get("source")  # absent in results/policies: the algorithm of this package, as it is now
+        module = load_algorithm(description["algorithm"], source)
+        if source and record.sha256(module.__file__) != description["source_sha256"]:
             print(f"note: {module.__file__} has changed since this run", file=sys.stderr)
         changes = [f"{key}={value}" for key, value in description.get("env_params", {}).items()]
         envs.register(description["config"]["env"], changes, show_traceback)
@@ -134,11 +135,11 @@ def warm_started(init):
 
 
 def load_algorithm(name, source):
-    """Import the file that made a run or, where it is gone, the algorithm of that name in this package."""
+    """Import the file that made a run or, where it is gone or None, the algorithm of that name in this package."""
     shipped = Path(__file__).parent.parent / "algorithms" / f"{name}.py"
-    path = next((p for p in (Path(source), shipped) if p.is_file()), None)
-    if path is None:
-        fail(f"{source}: the file that made this run is gone")
+    path = Path(source) if source and Path(source).is_file() else shipped
+    if not path.is_file():
+        fail(f"{source or name}: the file that made this run is gone")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

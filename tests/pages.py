@@ -8,7 +8,8 @@ NAMES = ("README.md", "algorithms/README.md", "algorithms/CHAPTER.md", "common/R
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 README, ALGORITHM_PAGE, CHAPTER, RUNNER, CONTRIBUTING = PAGES.values()
 TEXT = "\n".join(PAGES.values())
-RESULTS = {name: (ROOT / name).read_text() for name in ("results/README.md", "results/changes/README.md")}
+RESULT_NAMES = tuple(f"results/{folder}README.md" for folder in ("", "changes/", "policies/"))
+RESULTS = {name: (ROOT / name).read_text() for name in RESULT_NAMES}
 
 
 def blocks(language, text=TEXT):

@@ -2,18 +2,21 @@
 
 import dataclasses
 import importlib.util
+import inspect
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import gymnax
 import jax
 import pytest
-from cases import CONFIGS, replace
+from cases import ALGORITHMS, CONFIGS, replace
 from test_run import flags_of
 
 from amortax.algorithms import ddpg, dqn, fqi, nfqca, ppo, soft_fqi, svg, td3
-from amortax.common import checks, cli, envs, record, run
+from amortax.common import checks, cli, demo, envs, main, record, run
 
 SCRIPT = Path(td3.__file__)
 
@@ -193,6 +196,90 @@ def test_user_environment(monkeypatch, tmp_path):
     env, _ = gymnax.make("my_env:make")
     assert env.name == "Pendulum-v1"
     assert jax.eval_shape(td3.init, td3.Config(env="my_env:make"), jax.random.key(0)).obs.shape == (8, 3)
+
+
+# The command `amortax`
+
+
+@pytest.fixture
+def amortax(monkeypatch, capsys):
+    """Run `amortax WORDS` in this process: `(exit code, stdout, stderr)`."""
+
+    def run_words(*words):
+        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/amortax", *words])
+        monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # to have it back
+        code = 0
+        try:
+            main.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run_words
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_amortax_lists_every_command(amortax, words):
+    """In one line each, which is its name and what it is."""
+    code, out, err = amortax(*words)
+    assert (code, err) == (0, "")
+    lines = re.findall(r"^  (\w+) +(\S.*[^.])$", out, re.MULTILINE)
+    assert [name for name, _ in lines] == [*sorted([*ALGORITHMS, "gradient_estimators"]), "play"]
+    assert dict(lines)["ddpg"] == "Deep Deterministic Policy Gradient (DDPG)"
+    assert max(map(len, out.splitlines())) < 120
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("word", "nearest"), [("tdd3", "td3"), ("SAC-value", "sac_value"), ("pla", "play")])
+def test_amortax_names_the_nearest_command(amortax, word, nearest):
+    line = f"error: {word}: no such command; nearest: {nearest}; amortax --help lists all\n"
+    assert amortax(word, "--seed", "0") == (2, "", line)
+
+
+@pytest.mark.quick
+def test_amortax_names_a_command_for_any_word(amortax):
+    for word in ("", "-", "--seed", "../td3", "td3.py", "__init__"):
+        code, out, err = amortax(word)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", [*ALGORITHMS, "gradient_estimators"])
+def test_amortax_runs_the_file_as_a_script(amortax, monkeypatch, name):
+    """The runner gets the functions of the file itself, with the flags as they were given."""
+    seen = []
+    for module in (run, demo):
+        monkeypatch.setattr(module, "main", lambda *args: seen.append((args, sys.argv)))
+    assert amortax(name, "--seed", "3") == (0, "", "")
+    (((config_class, function, *_), argv),) = seen
+    assert Path(inspect.getsourcefile(function)).samefile(SCRIPT.with_stem(name))
+    assert config_class.__module__ == "__main__"
+    assert argv == [f"amortax {name}", "--seed", "3"]
+
+
+def test_amortax_has_the_flags_and_the_mistakes_of_the_file(amortax):
+    assert "usage: amortax td3 [-h] [OPTIONS]" in amortax("td3", "--help")[1]
+    assert "usage: amortax play [-h] [OPTIONS] RUN" in amortax("play", "--help")[1]
+    assert amortax("td3", "--gamma", "2") == (2, "", "error: --gamma 2.0: must be in [0, 1]\n")
+    assert amortax("play", "nowhere") == (2, "", "error: nowhere: no such folder\n")
+
+
+@pytest.mark.quick
+def test_hint_of_the_command_that_was_given(monkeypatch):
+    for argv, hint in (
+        (["amortax td3", "--name", "a b"], "amortax td3 --name 'a b' --resume"),
+        (["td3.py", "--resume", "--seed", "1"], "python td3.py --resume --seed 1"),
+        (["/my folder/td3.py"], "python '/my folder/td3.py' --resume"),
+    ):
+        monkeypatch.setattr(sys, "argv", argv)
+        assert cli.resume_command() == hint
+
+
+@pytest.mark.quick
+def test_amortax_is_installed_as_a_command():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"amortax": "amortax.common.main:main"}
 
 
 # A copied file
