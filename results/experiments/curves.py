@@ -56,6 +56,8 @@ def runs(env):
     cells |= {name: run(name, flags) for name, flags in fitted.items()}
     cells |= {"svg": run("svg", flags["svg"]), "svg_model": run("svg_model", MODEL)}
     cells |= {"reinforce": run("reinforce", flags["reinforce"])}
+    if env == "PointRobot-misc":  # whose data are older than ppo.py and shac.py
+        return cells
     return cells | {"ppo": run("ppo", PPO), "shac": run("shac", SHAC.get(env, ""))}
 
 
@@ -190,8 +192,8 @@ def table(rows):
 QUICK = {  # every algorithm somewhere
     "Pendulum-v1": ("ddpg", "td3", "fqi", "svg"),
     "MountainCarContinuous-v0": ("nfqca",),
-    "PointRobot-misc": ("sac_value", "ppo"),
-    "Reacher-misc": ("sac", "svg_model"),
+    "PointRobot-misc": ("sac_value",),
+    "Reacher-misc": ("sac", "svg_model", "ppo"),
     "Swimmer-misc": ("fqi_amortized", "shac"),
     "LQR-v0": ("soft_fqi", "reinforce"),
 }
