@@ -106,9 +106,11 @@ def test_the_page_lists_every_diff_with_an_experiment_that_runs_it():
     table = TEXT[TEXT.index("## Other changes") :]
     experiments = {}
     for line in table.splitlines():
-        experiments |= dict.fromkeys(re.findall(r"\((\w+)\.diff\)", line), re.findall(r"README\.md#(\w+)", line))
+        experiments |= dict.fromkeys(re.findall(r"\((\w+)\.diff\)", line), re.findall(r"README\.md#(\w+)|`(\w+)`, to be", line))
     assert sorted(experiments) == DIFFS
-    for name, (experiment,) in experiments.items():
+    for name, ((measured, planned),) in experiments.items():
+        experiment = measured or planned
+        assert bool(measured) == (ROOT / "results" / "data" / f"{experiment}.csv").exists()
         changes = {getattr(cell, "change", "") for cell in reproduce.EXPERIMENTS[experiment].cells.values()}
         assert name in changes, name
 
