@@ -106,7 +106,9 @@ def test_the_page_lists_every_diff_with_an_experiment_that_runs_it():
     table = TEXT[TEXT.index("## Other changes") :]
     experiments = {}
     for line in table.splitlines():
-        experiments |= dict.fromkeys(re.findall(r"\((\w+)\.diff\)", line), re.findall(r"README\.md#(\w+)|`(\w+)`, to be", line))
+        experiments |= dict.fromkeys(
+            re.findall(r"\((\w+)\.diff\)", line), re.findall(r"README\.md#(\w+)|`(\w+)`, to be", line)
+        )
     assert sorted(experiments) == DIFFS
     for name, ((measured, planned),) in experiments.items():
         experiment = measured or planned
