@@ -101,9 +101,13 @@ def files_of(name):
     return user_code.files(name.partition(":")[0] if ":" in name else "", gymnax.make(name)[0])
 
 
-def explain(name, error):
-    """An exception in one line, if it comes from inside the environment `name`; else None."""
-    line = user_code.explain(files_of(name), error) if name in gymnax.registered_envs else None
+def explain(name, error, show_traceback=False):
+    """An exception in one line, if it comes from inside the environment `name`; else None.
+
+    Its traceback is printed before if that is asked for.
+    """
+    known = name in gymnax.registered_envs
+    line = user_code.explain(files_of(name), error, show_traceback) if known else None
     return f"--env {name}: {line}" if line else None
 
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -64,11 +63,9 @@ def main():
     try:
         show(play, module, config, params)
     except Exception as error:
-        inside_env = envs.explain(config.env, error)
+        inside_env = envs.explain(config.env, error, play.traceback)
         if not inside_env:
             raise
-        if play.traceback:
-            traceback.print_exception(error)
         cli.fail(inside_env)
 
 

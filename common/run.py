@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,9 +108,7 @@ def fail_late(error, env, show_traceback, code):
     if isinstance(error, record.WriteError):
         message = f"cannot write {error.filename}: {error.strerror}; then continue with: {cli.resume_command()}"
         code = 1
-    inside_env = None if message else envs.explain(env, error)
-    if inside_env and show_traceback:
-        traceback.print_exception(error)
+    inside_env = None if message else envs.explain(env, error, show_traceback)
     if jax.process_count() > 1:
         distributed.abort(error, message or inside_env)
     if message or inside_env:

@@ -103,9 +103,14 @@ def line(error, frames):
     return f"{said} ({os.path.relpath(file) if file.startswith(os.getcwd() + os.sep) else file}, line {number})"
 
 
-def explain(files, error):
-    """An exception in one line, if it comes from inside an environment of these `files`; else None."""
+def explain(files, error, show_traceback=False):
+    """An exception in one line, if it comes from inside an environment of these `files`; else None.
+
+    Its traceback is printed before if that is asked for.
+    """
     all_frames = frames(error)
     main = getattr(sys.modules["__main__"], "__file__", None)  # its frames are in every traceback
     inside = [i for i, (file, _) in enumerate(all_frames) if file in files.values() and file != main]
+    if inside and show_traceback:
+        traceback.print_exception(error)
     return line(error, all_frames[inside[0] :]) if inside else None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from benchmark.benchmark import machine
+from benchmark.benchmark import machine, write_between
 from experiments import (
     amortization_time,
     boltzmann,
@@ -157,16 +157,6 @@ def claims_table(names, page=""):
             verdict = study.verdict(study.judge(experiment, study.numbers(study.read(path))))
             lines.append([f"[{experiment.title}]({page}#{name})", re.split("[:.]", verdict.lower())[0]])
     return study.table(["claim", "verdict"], lines)
-
-
-def write_between(path, name, text):
-    """Replace the text between two markers in a file; markers that are missing are added at its end."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    old = path.read_text() if path.exists() else "# Results\n"
-    if begin not in old:
-        old += f"\n{begin}\n{end}\n"
-    before, rest = old.split(begin, 1)
-    record.write_atomic(path, f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}".encode())
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from cases import (
 )
 from jax import random
 from jax.flatten_util import ravel_pytree
+from pages import RESULTS, ROOT, blocks
 from scipy import stats
 from test_cli import fails
 from test_structure import SIZES, assert_touches_batches_only, jit, seed_key
@@ -41,15 +42,10 @@ from test_td3 import hand_case
 from amortax.algorithms import td3
 from amortax.common import cli
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "results" / "changes" / "README.md"
 DIFF = PAGE.parent / "td3_n_step.diff"
 DIFFS = sorted(path.stem for path in PAGE.parent.glob("*.diff"))
-TEXT = PAGE.read_text()
-
-
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+TEXT = RESULTS["results/changes/README.md"]
 
 
 def execute(*command, folder):
@@ -90,7 +86,7 @@ def my_idea(changed):
 
 @pytest.mark.quick
 def test_the_page_shows_the_diff_whole_and_names_what_exists(changed):
-    assert "--- a/my_idea.py\n+++ b/my_idea.py\n" + "".join(blocks("diff")) == DIFF.read_text()
+    assert "--- a/my_idea.py\n+++ b/my_idea.py\n" + "".join(blocks("diff", TEXT)) == DIFF.read_text()
     assert f"{num_changed('td3_n_step')} lines removed or added" in " ".join(TEXT.split())
     for link in re.findall(r"\]\(([\w./-]+)[#)]", TEXT):
         assert (PAGE.parent / link).exists(), link
@@ -132,7 +128,7 @@ def test_every_diff_applies_and_is_short_and_tidy(changed):
 
 
 def test_the_commands_run_in_a_folder_of_their_own(tmp_path):
-    commands = blocks("bash")[0].strip()
+    commands = blocks("bash", TEXT)[0].strip()
     assert commands.endswith("--n-step 3")
     small = " --total-steps 72 --learning-starts 64 --steps-per-epoch 8 --batch-size 16 --num-eval-episodes 2 --no-plot"
     for folder in ("algorithms", "results/changes"):

@@ -187,7 +187,7 @@ def test_an_epoch_makes_its_updates(fields, critic_updates, actor_updates):
     assert counts == (critic_updates, actor_updates)
 
 
-# Learning
+# Exploration
 
 
 @pytest.mark.quick
@@ -206,6 +206,9 @@ def test_exploration_is_gaussian_around_the_actor_and_within_the_box():
             within = scipy.stats.truncnorm(*((np.array([-1, 1]) - center) / std), center, std)
             assert scipy.stats.kstest(inside, within.cdf).pvalue > 0.01
     assert 0 < (np.abs(action) == 1).mean() < 0.9
+
+
+# Learning
 
 
 # A broken TD3 shows in its returns, or in its critics' value less the discounted return that they are to estimate (less

@@ -14,7 +14,6 @@ import argparse
 import importlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -115,7 +114,7 @@ def serve(call, updates):
 def worker_steps(name, fields):
     """Serve epochs, counted by their environment steps."""
     module, config = load(name, **fields)
-    serve(prepare(module, config), iterations_per_epoch(config) * config.num_envs * config.num_steps)
+    serve(prepare(module, config), iterations_per_epoch(module, config) * config.num_envs * config.num_steps)
 
 
 def worker_epochs(name, fields, num_seeds=1, grid=None):
@@ -124,20 +123,21 @@ def worker_epochs(name, fields, num_seeds=1, grid=None):
     for values in (grid or {}).values():
         num_runs *= len(values)
     module, config = load(name, **fields, num_seeds=num_runs)
-    serve(prepare(module, config, num_seeds, grid), updates_per_epoch(config) * num_runs)
+    serve(prepare(module, config, num_seeds, grid), updates_per_epoch(module, config) * num_runs)
 
 
-def updates_per_epoch(config):
+def updates_per_epoch(module, config):
     """Updates of one run: of the policy for SVG, PPO and SHAC, of the critics for those with a `utd_ratio`."""
+    iterations = iterations_per_epoch(module, config)
     if hasattr(config, "utd_ratio"):
-        return round(iterations_per_epoch(config) * config.num_envs * config.num_steps * config.utd_ratio)
-    return iterations_per_epoch(config) * getattr(config, "update_epochs", 1) * getattr(config, "num_minibatches", 1)
+        return round(iterations * config.num_envs * config.num_steps * config.utd_ratio)
+    return iterations * getattr(config, "update_epochs", 1) * getattr(config, "num_minibatches", 1)
 
 
-def iterations_per_epoch(config):
+def iterations_per_epoch(module, config):
     """Iterations of one run."""
     given = getattr(config, "iterations_per_epoch", None)
-    return given or math.ceil(config.steps_per_epoch / (config.num_envs * config.num_steps))
+    return given or module.num_iterations(config, config.steps_per_epoch)
 
 
 def compiled(updates, *arguments):
@@ -171,7 +171,7 @@ def worker_floor(name, fields):
 
     if name == "svg_model":
         rollouts = module.sample_rollouts(config, state.params.model, state.buffer, state.step, random.key(2))
-    updates = updates_per_epoch(config)
+    updates = updates_per_epoch(module, config)
     every = lambda carry: jax.lax.scan(update, carry, 1 + jnp.arange(updates))[0]
     serve(compiled(every, (state.params, state.opt_state)), updates)
 
@@ -620,14 +620,21 @@ def main():
 
 
 def write_tables(measured):
-    """Write the tables into `results/README.md` and the project's README, each between two markers."""
-    for path, name, lines in (
-        (RESULTS / "README.md", "benchmark", table(measured)),
-        (ROOT / "README.md", "speed", short_table(measured)),
-    ):
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        before, rest = path.read_text().split(begin)
-        path.write_text("\n".join([before + begin, *lines, end + rest.split(end)[1]]))
+    """Write the tables into `results/README.md` and the project's README."""
+    write_between(RESULTS / "README.md", "benchmark", "\n".join(table(measured)))
+    write_between(ROOT / "README.md", "speed", "\n".join(short_table(measured)))
+
+
+def write_between(path, name, text):
+    """Replace the text between two markers in a file; markers that are missing are added at its end."""
+    from amortax.common import record  # not in the process that measures
+
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    old = path.read_text() if path.exists() else "# Results\n"
+    if begin not in old:
+        old += f"\n{begin}\n{end}\n"
+    before, rest = old.split(begin, 1)
+    record.write_atomic(path, f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}".encode())
 
 
 if __name__ == "__main__":

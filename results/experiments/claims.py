@@ -2,7 +2,7 @@
 
 from amortax.common import plot
 from experiments import drawing, study, training, value_bias
-from experiments.curves import DISCRETE, LQR_FLAGS, LQR_GAMMA, ONLINE, STEPS, optimum, runs
+from experiments.curves import DISCRETE, LQR_FLAGS, LQR_GAMMA, ONLINE, STEPS, length_table, optimum, runs
 from experiments.study import Criterion, Experiment, is_below
 from experiments.training import Run
 
@@ -277,18 +277,13 @@ CLIPPED = {
 CLIPPED_LEAST = {PENDULUM: -165, CARTPOLE: 500}
 
 
-def trained_for(rows, label):
-    """The environment steps of a label's runs."""
-    return study.returns(rows, label)[0][-1]
-
-
 def windows_hold(rows):
     """For each environment: shac is above svg; on Pendulum-v1 it reaches SWUNG_UP in at most half of svg's steps."""
     answers = {}
     for env in study.envs(rows):
         finals = study.finals(rows, env)
         if env == PENDULUM:
-            shorter = trained_for(rows, f"shac on {env}") <= trained_for(rows, f"svg on {env}") / 2
+            shorter = study.trained_for(rows, f"shac on {env}") <= study.trained_for(rows, f"svg on {env}") / 2
             answers[env] = shorter and plot.iqm(finals["shac"]) >= SWUNG_UP
         else:
             answers[env] = is_below(finals["svg"], finals["shac"])
@@ -299,14 +294,9 @@ def clipped_hold(rows):
     """For each environment: ppo reaches the given return in fewer steps than reinforce takes."""
     answers = {}
     for env in study.envs(rows):
-        shorter = trained_for(rows, f"ppo on {env}") < trained_for(rows, f"reinforce on {env}")
+        shorter = study.trained_for(rows, f"ppo on {env}") < study.trained_for(rows, f"reinforce on {env}")
         answers[env] = shorter and plot.iqm(study.final(rows, f"ppo on {env}")) >= CLIPPED_LEAST[env]
     return answers
-
-
-def steps_table(rows):
-    """Final returns, and how many steps they took."""
-    return study.return_table(rows, environment_steps=lambda label: f"{trained_for(rows, label):,.0f}")
 
 
 # n-step targets: the change that `changes/README.md` explains
@@ -510,7 +500,7 @@ EXPERIMENTS = {
             windows_hold,
         ),
         notes="The runs are those of the learning curves.",
-        table=steps_table,
+        table=length_table,
         draw=draw_over_training,
         quick=lambda cells: training.smaller(cells, f"shac on {PENDULUM}", f"svg on {PENDULUM}"),
         sample=study.returns_sample(),
@@ -527,7 +517,7 @@ EXPERIMENTS = {
             clipped_hold,
         ),
         notes="The runs are those of the learning curves.",
-        table=steps_table,
+        table=length_table,
         draw=draw_over_training,
         quick=lambda cells: training.smaller(cells, f"ppo on {PENDULUM}", f"reinforce on {PENDULUM}"),
         sample=study.returns_sample(),

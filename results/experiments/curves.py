@@ -184,8 +184,7 @@ def notes(env, note, rows):
 
 def table(rows):
     """Returns, and how long each algorithm was trained."""
-    length = {label: study.returns(rows, label)[0][-1] for label in study.labels(rows)}
-    trained = lambda label: f"{length[label]:,.0f} {'iterations' if label in FITTED else 'steps'}"
+    trained = lambda label: f"{study.trained_for(rows, label):,.0f} {'iterations' if label in FITTED else 'steps'}"
     return study.return_table(rows, first="algorithm", trained_for=trained)
 
 
@@ -231,7 +230,7 @@ def draw_online(rows):
 
 def length_table(rows):
     """Returns, and how many steps each algorithm was trained for."""
-    return study.return_table(rows, trained_for=lambda label: f"{study.returns(rows, label)[0][-1]:,.0f} steps")
+    return study.return_table(rows, trained_for=lambda label: f"{study.trained_for(rows, label):,.0f} steps")
 
 
 def draw_discrete(rows):

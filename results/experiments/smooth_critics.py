@@ -72,31 +72,42 @@ def by_algorithm(rows):
 
 def cost_table(rows):
     """Median and worst cost of each algorithm with each activation."""
-    lines = []
-    for algorithm in by_algorithm(rows):
-        values = [column(rows, f"{algorithm}, {activation}", "cost_ratio") for activation in ACTIVATIONS]
-        lines.append([algorithm, *(f"{np.median(x):.3f} ({x.max():.3f})" if len(x) else "" for x in values)])
-    return study.table(["algorithm", *ACTIVATIONS], lines)
+    values = lambda label: column(rows, label, "cost_ratio")
+    return activation_table(rows, lambda label: f"{np.median(values(label)):.3f} ({values(label).max():.3f})")
 
 
 def draw_costs(rows):
     """For each algorithm its seeds with each activation, and their medians."""
     page, ((axes,),) = drawing.figure(9, 4)
-    algorithms = by_algorithm(rows)
+    draw_seeds(axes, rows, lambda label: column(rows, label, "cost_ratio"), lambda x: [np.median(x)] * 3)
+    axes.axhline(1, color="black", linestyle="--", linewidth=1, label="optimum")
+    axes.set(ylabel="cost / optimum\nmedians; dots are seeds")
+    axes.legend(fontsize="small", ncols=2)
+    return page
+
+
+def activation_table(rows, shown):
+    """A line for each algorithm and a column for each activation, with `shown(label)`."""
+    present = study.labels(rows)
+    cell = lambda label: shown(label) if label in present else ""
+    lines = [[name, *(cell(f"{name}, {x}") for x in ACTIVATIONS)] for name in by_algorithm(rows)]
+    return study.table(["algorithm", *ACTIVATIONS], lines)
+
+
+def draw_seeds(axes, rows, values_of, estimate):
+    """For each algorithm its seeds with each activation, and beside them `estimate(values)`: center, low and high."""
+    algorithms, present = by_algorithm(rows), study.labels(rows)
     for i, (activation, color) in enumerate(ACTIVATIONS.items()):
         axes.plot([], [], "o", color=color, label=activation)
         for x, algorithm in enumerate(algorithms):
-            values = column(rows, f"{algorithm}, {activation}", "cost_ratio")
-            place = x + 0.2 * (i - 1.5)
-            axes.plot([place + 0.06] * len(values), values, ".", color="0.65", markersize=4, zorder=1)
-            if len(values):
-                axes.plot(place, np.median(values), "o", color=color, zorder=2)
-    axes.axhline(1, color="black", linestyle="--", linewidth=1, label="optimum")
+            label, place = f"{algorithm}, {activation}", x + 0.2 * (i - 1.5)
+            if label in present:
+                values = values_of(label)
+                center, low, high = estimate(values)
+                axes.plot([place + 0.06] * len(values), values, ".", color="0.65", markersize=4, zorder=1)
+                axes.errorbar(place, center, [[center - low], [high - center]], fmt="o", color=color, zorder=2)
     axes.set_xticks(range(len(algorithms)), algorithms)
-    axes.set(ylabel="cost / optimum\nmedians; dots are seeds")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
-    return page
 
 
 # Returns
@@ -120,30 +131,16 @@ def returns_hold(rows):
     }
 
 
-def activation_table(rows):
+def return_table(rows):
     """Final returns of each algorithm with each activation."""
-    present = study.labels(rows)
-    shown = lambda label: study.estimate(study.final(rows, label)) if label in present else ""
-    lines = [[name, *(shown(f"{name}, {x}") for x in ACTIVATIONS)] for name in by_algorithm(rows)]
-    return study.table(["algorithm", *ACTIVATIONS], lines)
+    return activation_table(rows, lambda label: study.estimate(study.final(rows, label)))
 
 
 def draw_returns(rows):
     """For each algorithm its seeds with each activation, and their interquartile means with intervals."""
     page, ((axes,),) = drawing.figure(11, 4)
-    algorithms, present = by_algorithm(rows), study.labels(rows)
-    for i, (activation, color) in enumerate(ACTIVATIONS.items()):
-        axes.plot([], [], "o", color=color, label=activation)
-        for x, algorithm in enumerate(algorithms):
-            if f"{algorithm}, {activation}" in present:
-                values, place = study.final(rows, f"{algorithm}, {activation}"), x + 0.2 * (i - 1.5)
-                axes.plot([place + 0.06] * len(values), values, ".", color="0.65", markersize=4, zorder=1)
-                center = plot.iqm(values)
-                low, high = plot.interval(values)
-                axes.errorbar(place, center, [[center - low], [high - center]], fmt="o", color=color, zorder=2)
-    axes.set_xticks(range(len(algorithms)), algorithms)
+    draw_seeds(axes, rows, lambda label: study.final(rows, label), lambda x: (plot.iqm(x), *plot.interval(x)))
     axes.set(ylabel=f"{SWING_UP}\nfinal greedy return per episode")
-    axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small", ncols=4)
     return page
 
@@ -246,7 +243,7 @@ EXPERIMENTS = {
             "for each algorithm: the final return with SiLU is not below that with ReLU.", returns_hold
         ),
         notes="All files have SiLU as their default; `--activation` chooses another.",
-        table=activation_table,
+        table=return_table,
         draw=draw_returns,
         quick=of("ddpg"),
         sample=study.returns_sample(seeds=SEEDS),

@@ -164,6 +164,11 @@ def final(rows, label, name="return"):
     return returns(rows, label, name)[1][:, -1]
 
 
+def trained_for(rows, label):
+    """How many environment steps, or iterations, a label's runs took."""
+    return returns(rows, label)[0][-1]
+
+
 def finals(rows, env, name="return"):
     """`{variant: last values [num_seeds]}` of an environment."""
     return {variant: final(rows, label, name) for label, variant in variants(rows, env).items()}
