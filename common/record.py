@@ -123,7 +123,6 @@ def describe(script, config, seed, files=None):
     `files` are those that it learns from, by name, or None.
     """
     env = getattr(config, "env", None)
-    engine = ENGINES.get((env or "").partition("/")[0], ())
     description = {
         "algorithm": Path(script).stem,
         "seed": seed,
@@ -131,17 +130,17 @@ def describe(script, config, seed, files=None):
         "source": str(Path(script).resolve()),
         "source_sha256": sha256(script),
         "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version()} | versions([*PACKAGES, *engine, envs.package(env)]),
+        "versions": versions(env),
         "jax_config": {name: getattr(jax.config, name) for name in JAX_CONFIG},
     } | envs.describe(env)
     description |= {f"{name}_sha256": sha256(path) for name, path in (files or {}).items() if path}
     return json.loads(json.dumps(description))  # tuples become lists, as in what is read
 
 
-def versions(packages):
-    """`{name: version}` of those packages that are installed."""
-    found = {}
-    for name in filter(None, packages):
+def versions(env):
+    """`{name: version}` of Python and of the packages that determine the numbers of a run in the environment `env`."""
+    found, engine = {"python": platform.python_version()}, ENGINES.get((env or "").partition("/")[0], ())
+    for name in filter(None, [*PACKAGES, *engine, envs.package(env)]):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -21,10 +21,12 @@ from typing import Annotated
 import tyro
 from benchmark.benchmark import machine, write_between
 from experiments import (
+    amortization_gap,
     amortization_time,
     boltzmann,
     claims,
     closed_form,
+    control_suite,
     curves,
     distributions,
     estimators,
@@ -42,8 +44,9 @@ from experiments.study import RESULTS, ROOT
 
 from amortax.common import cli, plot, record
 
-MODULES = (lineage, films, optimum, curves, claims, smooth_critics, closed_form, boltzmann)
-MODULES += (estimators, distributions, gradient_variance, svg_gradients, maximizers, amortization_time)
+MODULES = (lineage, films, optimum, curves, control_suite, claims, smooth_critics, closed_form, boltzmann)
+MODULES += (estimators, distributions, gradient_variance, svg_gradients, maximizers)
+MODULES += (amortization_time, amortization_gap)
 EXPERIMENTS = {name: experiment for module in MODULES for name, experiment in module.EXPERIMENTS.items()}
 # claims in the table of the project's README; that of this folder's README has all
 SELECTED = ("amortization", "overestimation", "policy_delay", "exploration", "smooth_costs")

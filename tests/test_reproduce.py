@@ -1,5 +1,6 @@
 """The experiments of `results/`: their keys, what is kept, small versions of each kind, and the committed numbers."""
 
+import importlib.util
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import reproduce
 from cases import ALGORITHMS, CONFIGS, replace
-from experiments import boltzmann, curves, study, training, value_bias
+from experiments import amortization_gap, boltzmann, control_suite, curves, study, training, value_bias
 from jax import random
 from PIL import Image
 
@@ -43,7 +44,9 @@ QUICK = (  # one for each way of measuring; the others have the same with other 
     "svg_gradients",
     "maximizers",
     "amortization_time",
+    "amortization_gap",
 )
+PHYSICS = importlib.util.find_spec("mujoco_playground") is not None
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,8 @@ def test_every_run_has_flags_and_numbers_that_its_algorithm_accepts(work):
     for run in sorted(runs):
         module, config = training.load(run)
         module.check(config)
+        if run.env.startswith("playground/") and not PHYSICS:
+            continue
         if (run.algorithm, run.change, run.env) not in traced:  # what is checked besides takes longer
             jax.eval_shape(lambda key, module=module, config=config: module.init(config, key), random.key(0))
             traced.add((run.algorithm, run.change, run.env))
@@ -344,6 +349,53 @@ def test_value_bias_of_a_constant_critic(name, env, horizon, terminates):
         np.testing.assert_allclose(bias(params, random.key(1)), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["ddpg", "td3", "sac"])
+def test_amortization_gap_of_a_concave_critic(name, monkeypatch):
+    """The actor ascends -(a - obs[0])^2, TD3's first critic and SAC's lower one; the policy chooses obs[0] + 0.3.
+
+    The gap is 0.09, and the policy's value is above that of random actions by E (a - obs[0])^2 - 0.09.
+    """
+    module, config = ALGORITHMS[name], CONFIGS[name]
+    params = jax.jit(module.init)(config, random.key(0)).params
+    scale = {"ddpg": jnp.array(1.0), "td3": jnp.array([1.0, 2.0]), "sac": jnp.array([0.5, 1.0])}[name]
+    params = params._replace(critic=scale)
+    monkeypatch.setattr(module, "critic", lambda config, scale, obs, a: -scale * jnp.square(a[..., 0] - obs[..., 0]))
+    monkeypatch.setattr(module, "greedy", lambda config, params, obs: obs[..., :1] + 0.3)
+    obs = jnp.stack([jnp.linspace(-0.6, 0.6, 64), jnp.ones(64), jnp.ones(64)], axis=1)
+    found = jax.jit(lambda key: amortization_gap.gaps(module, config, params, obs, key))(random.key(0))
+    for solver in ("gradient", "lbfgs", "cem", "improved", "gap"):
+        np.testing.assert_allclose(found[solver], 0.09, atol=1e-3, err_msg=solver)
+    np.testing.assert_allclose(found["range"].mean(), (1 / 3 + jnp.square(obs[:, 0])).mean(), rtol=0.05)
+
+
+def test_improved_actions_are_not_worse_than_the_policy():
+    """Here each step of the ascent lowers the value in the end, and the policy's action is the best."""
+    q = lambda action: -jnp.abs(action[0])
+    np.testing.assert_array_equal(amortization_gap.improve(q, jnp.zeros(1)), 0)
+    np.testing.assert_allclose(amortization_gap.improve(q, jnp.array([0.5])), 0, atol=0.02)
+
+
+def test_return_of_improved_actions_is_that_of_their_episodes(monkeypatch):
+    """In the test's clock each step earns 1 whatever the action."""
+    config = replace(CONFIGS["td3"], env="ClockTruncated-test")
+    params = jax.jit(ALGORITHMS["td3"].init)(config, random.key(0)).params
+    earned = jax.jit(lambda key: amortization_gap.improved_return(ALGORITHMS["td3"], config, params, key))
+    np.testing.assert_allclose(earned(random.key(0)), 50)
+
+
+def test_what_solvers_miss_is_their_distance_to_the_maximum():
+    """By brute force over the only action of TD3's first critic, with ReLU; the gap is said to be 0 everywhere."""
+    module, config = ALGORITHMS["td3"], replace(CONFIGS["td3"], env="Pendulum-v1", activation="relu")
+    params = jax.jit(module.init)(config, random.key(0)).params
+    obs = random.normal(random.key(1), (4, 3))
+    actions = jnp.linspace(-1, 1, 20_001)[:, None]
+    at = lambda obs: jax.vmap(amortization_gap.objective(module, config, params, obs))
+    best = [float(at(x)(actions).max() - at(x)(module.greedy(config, params, x)[None])[0]) for x in obs]
+    found = amortization_gap.missed(module, config, params, obs, jnp.zeros(4))
+    np.testing.assert_allclose(found, np.mean(best), atol=1e-3)
+    assert amortization_gap.missed(module, replace(config, activation="silu"), params, obs, jnp.zeros(4)) == ""
+
+
 def test_expected_return_of_the_best_linear_policy_is_what_its_episodes_have():
     for env in lqr.ENVS:
         system = gymnax.make(env)[1]
@@ -465,6 +517,32 @@ def test_verdict_on_overestimation(ddpg, td3, one_critic, holds):
     biases = {f"{what} on Pendulum-v1": x for what, x in biases.items()}
     verdict = verdict_on("overestimation", rows_of(dict.fromkeys(biases, -150), biases))
     assert verdict == ("Holds." if holds else "Does not hold.")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("after_100k", "verdict"), [(640, "Holds."), (600, "Does not hold.")])
+def test_verdict_on_the_control_suite(after_100k, verdict):
+    """616 are published after 100,000 steps, and 716 after 500,000."""
+    rows = rows_of({"sac on CheetahRun": after_100k, "td3 on CheetahRun": 0})
+    assert verdict_on("locomotion", rows) == verdict
+    assert "616 after 100,000 steps" in study.report(reproduce.EXPERIMENTS["locomotion"], rows)
+    assert verdict_on("locomotion_long", rows) == "Does not hold."
+    assert control_suite.published("CartpoleBalance") == (999, 500)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("silu", "verdict"), [(400, "Holds."), (300, "Does not hold.")])
+def test_verdict_on_smooth_networks_in_physics(silu, verdict):
+    rows = rows_of({"silu, td3 on CheetahRun": silu, "relu, td3 on CheetahRun": 400})
+    assert verdict_on("smooth_physics", rows) == verdict
+
+
+@pytest.mark.parametrize(("improved", "verdict"), [(0, "Holds."), (50, "Does not hold.")])
+def test_verdict_on_the_amortization_gap(improved, verdict):
+    gaps = dict.fromkeys(("gradient", "lbfgs", "cem", "improved", "gap"), 0.5) | {"range": 2.0, "missed": ""}
+    rows = [row | gaps | {"improved_return": row["return"] + improved} for row in rows_of({"td3 on CheetahRun": 400})]
+    assert verdict_on("amortization_gap", rows) == verdict
+    assert "| 25.0 (25.0 to 25.0) |" in study.report(reproduce.EXPERIMENTS["amortization_gap"], rows)
 
 
 @pytest.mark.parametrize(("last", "verdict"), [(0.01, "Holds."), (0.5, "Does not hold.")])

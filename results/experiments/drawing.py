@@ -23,7 +23,11 @@ def algorithm_color(label):
 
 def draw_curve(axes, rows, label, name, column="return", per=1, **style):
     """Interquartile mean of a label's seeds over its progress divided by `per`, and its 95 % bootstrap band."""
-    progress, values = study.returns(rows, label, column)
+    draw_values(axes, *study.returns(rows, label, column), name, per, **style)
+
+
+def draw_values(axes, progress, values, name, per=1, **style):
+    """The same of `values [num_seeds, num_epochs]` over `progress [num_epochs]`."""
     low, high = plot.interval(values)
     (line,) = axes.plot(progress / per, plot.iqm(values), label=name, **style)
     axes.fill_between(progress / per, low, high, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -7,10 +7,8 @@ recomputes nothing. For the same reason the runs train copies of the algorithm f
 import ast
 import contextlib
 import hashlib
-import importlib.metadata
 import inspect
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -59,6 +57,7 @@ class Snapshot(NamedTuple):
     step: int  # environment steps so far
     params: Any
     metrics: Any  # of the epoch that has just ended; None before the first
+    picked: Any  # what else was asked for of its state
 
 
 def small(run):
@@ -101,10 +100,9 @@ def code_of(function):
     return "\n".join(ast.unparse(node) for node in found)
 
 
-def digest(text):
-    """Eight hexadecimal digits of a text and of the versions that determine what it computes."""
-    packages = ("jax", "jaxlib", "optax", "gymnax", "distrax", "numpy")
-    versions = [platform.python_version(), *(importlib.metadata.version(name) for name in packages)]
+def digest(text, env=None):
+    """Eight hexadecimal digits of a text and of the versions that determine what it computes, in an environment."""
+    versions = [f"{name} {version}" for name, version in record.versions(env).items()]
     return hashlib.sha256("\n".join([text, *versions]).encode()).hexdigest()[:8]
 
 
@@ -112,7 +110,8 @@ def fingerprint(experiment, cell):
     """The key of a cell's rows: the cell, the code that determines the numbers, and the versions."""
     sources = [source(cell)] if isinstance(cell, Run) else []
     sources += [code((ROOT / path).read_text()) for path in experiment.sources]
-    return digest("\n".join([repr(cell), code_of(experiment.measure), *sources]))
+    text = "\n".join([repr(cell), code_of(experiment.measure), *sources])
+    return digest(text, cell.env if isinstance(cell, Run) else None)
 
 
 def source(run):
@@ -183,13 +182,15 @@ def load(run):
     return module, tyro.cli(module.Config, args=["--env", run.env, *run.flags.split()], config=markers)
 
 
-def snapshots(module, config, num_seeds):
+def snapshots(module, config, num_seeds, pick=lambda state: ()):
     """Train in this process and yield a `Snapshot` of every seed before the first epoch and after each.
 
-    The programs are those of the runner, so that a seed is the same run as on the command line.
+    `pick` takes from a seed's state what else a snapshot has. The programs are those of the runner, so that a seed is
+    the same run as on the command line.
     """
     devices.set_up_backend(num_seeds, devices.largest_product(config))
     compiled = programs.compile_programs(config, module.init, module.epoch, num_seeds)
+    picks = jax.jit(jax.vmap(pick))
     for first in range(0, num_seeds, compiled.round_size):
         seeds = list(range(first, min(first + compiled.round_size, num_seeds)))
         batch = programs.place(compiled, [config] * len(seeds), seeds)
@@ -198,9 +199,9 @@ def snapshots(module, config, num_seeds):
             if epoch:
                 states, outs = programs.advance(compiled, batch, states)
                 metrics = programs.by_run(batch, [out[0] for out in outs])
-            seen = programs.by_run(batch, [(state.step, state.params) for state in states])
-            for i, (step, params) in jax.device_get(seen).items():
-                yield Snapshot(seeds[i], int(step), params, metrics.get(i))
+            seen = programs.by_run(batch, [(state.step, state.params, picks(state)) for state in states])
+            for i, (step, params, picked) in jax.device_get(seen).items():
+                yield Snapshot(seeds[i], int(step), params, metrics.get(i), picked)
 
 
 def is_finite(params):

@@ -1,0 +1,179 @@
+"""Tasks of the DeepMind Control Suite in MuJoCo Playground: learning curves beside published returns, and networks.
+
+They need an extra: `pip install -e ".[playground]"`.
+"""
+
+import functools
+
+from amortax.common import plot
+from experiments import drawing, study, training
+from experiments.study import Criterion, Experiment, is_below
+from experiments.training import Run
+
+NETWORKS = "--hidden-sizes 256 256 --tau 0.005 --num-eval-episodes 8"
+LENGTH = "--total-steps 100000 --learning-starts 4000 --steps-per-epoch 12000"
+OWN = {"ddpg": "--target-period 1"}
+SEEDS = 4
+# Returns of SAC from states. At 100,000 environment steps: Laskin, Srinivas, Abbeel, "CURL" (ICML 2020), table 1; at
+# 500,000: Lee et al., "SimBa" (ICLR 2025). Their simulator is MuJoCo itself, and actions are repeated.
+AFTER_100K = {
+    "FingerSpin": 811,
+    "CartpoleSwingup": 835,
+    "ReacherEasy": 746,
+    "CheetahRun": 616,
+    "WalkerWalk": 891,
+    "BallInCup": 746,
+}
+AFTER_500K = {
+    "CartpoleBalance": 999,
+    "CartpoleSwingup": 863,
+    "CheetahRun": 716,
+    "FingerSpin": 815,
+    "ReacherEasy": 952,
+    "WalkerWalk": 957,
+}
+FIGURES = "that of SAC from states in the papers on CURL (after 100,000 steps) or SimBa (after 500,000)"
+
+
+def run(algorithm, task, length=LENGTH, flags="", seeds=SEEDS):
+    """A run on a task."""
+    flags = " ".join(filter(None, [length, NETWORKS, OWN.get(algorithm), flags]))
+    return Run(algorithm, f"playground/{task}", flags, seeds)
+
+
+def cells(*pairs, **options):
+    """`{label: Run}` of pairs of an algorithm and a task."""
+    return {f"{algorithm} on {task}": run(algorithm, task, **options) for algorithm, task in pairs}
+
+
+def published(task, after_100k=AFTER_100K):
+    """`(return, steps in thousands)` of a task."""
+    return (after_100k[task], 100) if task in after_100k else (AFTER_500K[task], 500)
+
+
+def reached(after_100k, rows):
+    """For each task: whether SAC's final interquartile mean is at least the published return."""
+    final = lambda task: plot.iqm(study.final(rows, f"sac on {task}"))
+    return {task: final(task) >= published(task, after_100k)[0] for task in study.envs(rows)}
+
+
+def table(after_100k, rows):
+    """Final returns beside the published ones."""
+
+    def known(label):
+        value, steps = published(study.split(label)[1], after_100k)
+        return f"{value} after {steps},000 steps"
+
+    return study.return_table(rows, SAC_published=known)
+
+
+def draw(after_100k, rows):
+    """A panel for each task."""
+    tasks = study.envs(rows)
+    page, panels = drawing.figure(3.4 * len(tasks), 3.4, 1, len(tasks), sharey=True)
+    for axes, task in zip(panels[0], tasks, strict=True):
+        for label, algorithm in study.variants(rows, task).items():
+            drawing.draw_curve(axes, rows, label, algorithm, per=1e3, color=drawing.algorithm_color(label))
+        value, steps = published(task, after_100k)
+        name = f"SAC at {steps}k, published: {value}"
+        axes.axhline(value, color="black", linestyle="--", linewidth=1, label=name)
+        axes.set(title=task, xlabel="environment steps (thousands)", ylim=(0, 1000))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    panels[0][0].set_ylabel("greedy return per episode")
+    return page
+
+
+def curves(title, pairs, after_100k=AFTER_100K, seeds=SEEDS, length=LENGTH):
+    """Learning curves of pairs of an algorithm and a task."""
+    return Experiment(
+        title=title,
+        question="How fast do the actor-critics learn these tasks, and how well, beside published returns?",
+        cells=cells(*pairs, seeds=seeds, length=length),
+        measure=training.learning_curves,
+        criterion=Criterion(
+            f"for each task: SAC's final interquartile mean is at least {FIGURES}.",
+            functools.partial(reached, after_100k),
+        ),
+        notes="All tasks have the same flags: two layers of 256 units, `--tau 0.005`, 8 environments, an update per "
+        "step. A dashed line is the published return. The physics differ: ours is MJX in MuJoCo Playground, without "
+        "action repeat; theirs is MuJoCo in dm_control, with actions repeated two to eight times.",
+        table=functools.partial(table, after_100k),
+        draw=functools.partial(draw, after_100k),
+        quick=lambda cells: training.smaller(cells, next(iter(cells))),
+        sample=study.returns_sample(seeds, "8 episodes"),
+    )
+
+
+SMOOTH = {f"{activation}, {name}": (name, activation) for name in ("td3", "sac") for activation in ("silu", "relu")}
+
+
+def smooth_holds(rows):
+    """For each algorithm and task: SiLU's final return is not below ReLU's."""
+    answers = {}
+    for task in study.envs(rows):
+        finals = study.finals(rows, task)
+        for name in dict.fromkeys(variant.split(", ")[1] for variant in finals):
+            answers[f"{name} on {task}"] = not is_below(finals[f"silu, {name}"], finals[f"relu, {name}"])
+    return answers
+
+
+def draw_smooth(rows):
+    """Return over training, a panel for each task."""
+    tasks = study.envs(rows)
+    page, panels = drawing.figure(4 * len(tasks), 3.6, 1, len(tasks))
+    for axes, task in zip(panels[0], tasks, strict=True):
+        for label, variant in study.variants(rows, task).items():
+            activation, algorithm = variant.split(", ")
+            style = {"color": drawing.algorithm_color(algorithm), "linestyle": "-" if activation == "silu" else "--"}
+            drawing.draw_curve(axes, rows, label, f"{algorithm}, {activation}", per=1e3, **style)
+        axes.set(title=task, xlabel="environment steps (thousands)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    panels[0][0].set_ylabel("greedy return per episode")
+    return page
+
+
+def with_both(*tasks):
+    """Pairs of SAC and TD3 with each task."""
+    return [(algorithm, task) for task in tasks for algorithm in ("sac", "td3")]
+
+
+EXPERIMENTS = {
+    "control_suite": curves(
+        "SAC reaches published returns on the Control Suite: balancing, swinging up, reaching, catching",
+        [
+            *with_both("CartpoleBalance", "CartpoleSwingup", "ReacherEasy", "BallInCup"),
+            ("ddpg", "CartpoleSwingup"),
+        ],
+    ),
+    "locomotion": curves(
+        "SAC reaches published returns on the Control Suite: spinning, running, walking",
+        [*with_both("FingerSpin", "CheetahRun", "WalkerWalk"), ("ddpg", "CheetahRun")],
+    ),
+    "locomotion_long": curves(
+        "SAC reaches published returns in five times the steps",
+        [("sac", "CheetahRun"), ("sac", "WalkerWalk")],
+        after_100k={},
+        seeds=2,
+        length="--total-steps 500000 --learning-starts 4000 --steps-per-epoch 62000 --buffer-size 500000",
+    ),
+    "smooth_physics": Experiment(
+        title="Smooth networks are no worse than ReLU on the Control Suite",
+        question="Does the activation that is best on linear-quadratic systems also learn physics?",
+        cells={
+            f"{variant} on {task}": run(name, task, flags="" if activation == "silu" else f"--activation {activation}")
+            for task in ("FingerSpin", "CheetahRun", "WalkerWalk")
+            for variant, (name, activation) in SMOOTH.items()
+        },
+        measure=training.learning_curves,
+        criterion=Criterion(
+            "for each algorithm and task: the final return with SiLU is not below that with ReLU.", smooth_holds
+        ),
+        notes="The runs with SiLU are those of the learning curves.",
+        table=study.return_table,
+        draw=draw_smooth,
+        quick=lambda cells: training.smaller(cells, next(iter(cells))),
+        sample=study.returns_sample(SEEDS, "8 episodes"),
+    ),
+}
