@@ -26,8 +26,6 @@ README = (RESULTS / "README.md").read_text()
 NAMES = sorted(reproduce.EXPERIMENTS)
 QUICK = (  # one for each way of measuring; the others have the same with other flags
     "curves_discrete",  # two algorithms on the command line
-    "curves_minatar",  # dqn and ppo on images
-    "short_windows",  # shac
     "overestimation",  # in this process; one of its files is changed
     "smooth_costs",
     "smooth_landscape",
@@ -35,6 +33,7 @@ QUICK = (  # one for each way of measuring; the others have the same with other 
     "boltzmann",
     "closed_form_1",
     "film_pendulum",
+    "film_landscape",
     "lineage",
     "optimum",
     "estimators",
