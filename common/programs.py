@@ -56,7 +56,6 @@ def compile_programs(config, init, epoch, num_runs, runs_per_device=None, shared
         runs_per_device = 1 if cpu else math.ceil(num_runs / jax.device_count())
     used = devices.choose(math.ceil(num_runs / runs_per_device))
     local = [device for device in used if device.process_index == jax.process_index()]
-    options = devices.cpu_compiler_options() if cpu else None
 
     def seeded_init(config, seed, *shared):
         return init(config, jax.random.key(seed), *shared)
@@ -68,17 +67,16 @@ def compile_programs(config, init, epoch, num_runs, runs_per_device=None, shared
     configs = jax.tree.map(lambda x: np.zeros((), leaf_type(x)), config)
     state = jax.eval_shape(init, config, jax.random.key(0), *shared)
     with concurrent.futures.ThreadPoolExecutor() as pool:  # `init` is compiled while `epoch` is traced
-        lower = functools.partial(lower_for_each, local, runs_per_device, options)
+        lower = functools.partial(lower_for_each, local, runs_per_device)
         programs = (seeded_init, configs, np.int32(0), *shared), (checked_epoch, configs, state)
         compiling = [[pool.submit(x.compile) for x in lower(*program)] for program in programs]
     compiled = [[x.result() for x in each] for each in compiling]
     return Programs(*compiled, local, used, runs_per_device, shared)
 
 
-def lower_for_each(local_devices, runs_per_device, compiler_options, function, config, state, *shared):
+def lower_for_each(local_devices, runs_per_device, function, config, state, *shared):
     """`function`, batched over the runs' first two arguments, the second donated, and lowered for each device."""
-    batched = jax.vmap(function, (0, 0, *[None] * len(shared))) if runs_per_device > 1 else unbatched(function)
-    jitted = jax.jit(batched, donate_argnums=1, compiler_options=compiler_options)
+    jitted = jit_runs(function, runs_per_device, len(shared), donate_argnums=1)
 
     def lower(device):
         struct = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
@@ -86,6 +84,13 @@ def lower_for_each(local_devices, runs_per_device, compiler_options, function, c
         return jitted.lower(*batch, *jax.tree.map(lambda x: struct(x.shape, x.dtype), shared))
 
     return map(lower, local_devices)
+
+
+def jit_runs(function, runs_per_device, num_shared=0, **options):
+    """`function` with leading axes [runs_per_device] on its first two arguments and all results, jitted."""
+    batched = jax.vmap(function, (0, 0, *[None] * num_shared)) if runs_per_device > 1 else unbatched(function)
+    compiler_options = devices.cpu_compiler_options() if jax.default_backend() == "cpu" else None
+    return jax.jit(batched, compiler_options=compiler_options, **options)
 
 
 def unbatched(function):

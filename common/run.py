@@ -27,6 +27,7 @@ from amortax.common import (
     distributed,
     divergence,
     envs,
+    evaluation,
     milp,
     policy,
     programs,
@@ -186,6 +187,8 @@ def train_round(training, position, interrupted, show, log):
     if reached != position:
         save(training, reached, batch, states, rows, best, log)
     longest = max(rows.values(), key=len, default=[])
+    if reached.epochs == training.num_epochs and not position.epochs:
+        evaluation.report(training, batch, states, longest, time.monotonic() - began)
     return reached.epochs, longest[-1] if longest else None
 
 

@@ -25,7 +25,20 @@ import pytest
 from cases import ALGORITHMS, CONFIGS, assert_close, assert_same, replace
 
 from amortax.algorithms import fqi, td3
-from amortax.common import checkpoint, checks, cli, devices, divergence, milp, plot, policy, programs, record, run
+from amortax.common import (
+    checkpoint,
+    checks,
+    cli,
+    devices,
+    divergence,
+    evaluation,
+    milp,
+    plot,
+    policy,
+    programs,
+    record,
+    run,
+)
 
 SCRIPT = Path(td3.__file__)
 CONFIG = replace(CONFIGS["td3"], total_steps=160)  # six epochs
@@ -254,6 +267,31 @@ def test_wide_seed_is_bitwise_the_same_in_any_company(tmp_path):
         done = subprocess.run(again, env=as_a_user(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert contents(group(tmp_path, "alone") / "seed_2") == contents(group(tmp_path, "together") / "seed_2")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "said"),
+    [
+        (900, 1_000, "evaluations took about 30% of the time; less with fewer --num-eval-episodes"),
+        (1_800, 1_000, ""),
+        (299, 1_000, ""),
+        (900, 25_601, ""),
+    ],
+)
+def test_time_of_evaluations_is_said_where_it_is_much(seconds, steps, said, monkeypatch, capsys):
+    """Three epochs, each with an evaluation of 90 seconds of up to 128 * 200 steps of Pendulum-v1."""
+    training = SimpleNamespace(runs=[record.Run(td3.Config(), 0, None)], algorithm=vars(td3), programs=None)
+    monkeypatch.setattr(evaluation, "evaluation_seconds", lambda *_: 90.0)
+    evaluation.report(training, None, None, [{"step": i * steps} for i in range(3)], seconds)
+    assert capsys.readouterr().out[: len(said) or None] == said
+
+
+def test_an_evaluation_is_timed_by_itself(monkeypatch, capsys, tmp_path):
+    """Of 3 seeds on two devices, of a file's own `evaluate`."""
+    monkeypatch.setattr(evaluation, "SECONDS", 0)
+    monkeypatch.setattr(evaluation, "SHARE", 0)
+    assert execute(monkeypatch, tmp_path, *THREE, "--no-plot") == 0
+    assert capsys.readouterr().out.count("evaluations took about ") == 2  # rounds
 
 
 def test_same_command_again_gives_the_same_bytes(monkeypatch, capsys, tmp_path):
