@@ -5,9 +5,10 @@
     python results/benchmark/benchmark.py --only WORD ...  only these groups; the other rows of `benchmark.json` remain
     python results/benchmark/benchmark.py --redraw         only the tables, from `benchmark.json`; measures nothing
 
-Groups: peers, steps, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command. Measurements that are
+Groups: peers, steps, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command, gpu. Measurements that are
 compared are interleaved, one turn of each after the other; the numbers are medians of `--turns` turns after a warm-up
-turn. Close other programs.
+turn. Close other programs. The group `gpu` needs one, and the extras of the physics engines; its rows have no numbers
+without.
 """
 
 import argparse
@@ -44,6 +45,13 @@ RATES = {  # cases of the files whose updates are not one for each environment s
     ),
     "shac, Pendulum-v1": ("shac", {"steps_per_epoch": 20_480}),
 }
+HOPPER = {"env": "brax/hopper", "num_envs": 128, "hidden_sizes": [256, 256], "steps_per_epoch": 12_800}
+CHEETAH = {"env": "playground/CheetahRun", "num_envs": 1024, "hidden_sizes": [256, 256], "steps_per_epoch": 102_400}
+GPU = (  # case, algorithms, fields, numbers of seeds
+    ("brax/hopper, 128 environments", ("td3", "sac"), HOPPER, (1, 200, 300)),
+    ("Pendulum-v1", ("td3",), {"steps_per_epoch": 1000}, (1, 16, 256, 1024, 4096)),
+    ("CheetahRun, 1,024 environments, 1 update per 16 steps", ("td3", "sac"), CHEETAH | {"utd_ratio": 1 / 16}, (1,)),
+)
 PEERS = {  # requirements for pip
     "rejax": ("rejax==0.1.3", "gymnax==0.0.9"),
     "sbx": ("sbx-rl==0.28.0", "gymnasium[classic-control]==1.4.0"),
@@ -111,10 +119,11 @@ def serve(call, updates):
         print(json.dumps({"updates": updates, "seconds": seconds, "peak": peak}), flush=True)
 
 
-def worker_steps(name, fields):
+def worker_steps(name, fields, num_seeds=1):
     """Serve epochs, counted by their environment steps."""
-    module, config = load(name, **fields)
-    serve(prepare(module, config), iterations_per_epoch(module, config) * config.num_envs * config.num_steps)
+    module, config = load(name, **fields, num_seeds=num_seeds)
+    steps = iterations_per_epoch(module, config) * config.num_envs * config.num_steps
+    serve(prepare(module, config, num_seeds), steps * num_seeds)
 
 
 def worker_epochs(name, fields, num_seeds=1, grid=None):
@@ -267,6 +276,14 @@ def worker_compile(name):
     start = time.perf_counter()
     jax.jit(module.train, compiler_options=devices.cpu_compiler_options()).lower(config, key).compile()
     print(time.perf_counter() - start)
+
+
+def worker_device():
+    """The kind of the device, and how it multiplies matrices of float32."""
+    import jax
+
+    device, precision = jax.devices()[0], jax.config.jax_default_matmul_precision
+    print(json.dumps({"platform": device.platform, "kind": device.device_kind, "precision": precision or "default"}))
 
 
 # Measuring
@@ -531,6 +548,25 @@ def command_seconds(cache, folder):
     command = [sys.executable, ROOT / "algorithms" / "td3.py", "--seed", "0"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder, env=os.environ | cache_in(cache))
     return time.perf_counter() - start
+
+
+def measure_gpu(turns, pythons):
+    """Environment steps per second on a GPU, of one run also the share of its updates."""
+    device = answer(command_of("device"))
+    for case, names, fields, numbers in GPU:
+        for name in names:
+            for seeds in numbers:
+                row = {"algorithm": name, "what": f"{case}, {seeds:,} seed{'s' * (seeds > 1)}", "ratio": None}
+                if device["platform"] != "gpu":
+                    yield row | {"measured": "not measured", "beside": "no GPU", "value": None}
+                    continue
+                commands = [command_of("steps", name, fields, seeds)]
+                commands += [command_of("floor", name, fields)] * (seeds == 1)
+                (rate, _), *floor = take_turns(turns, *commands)
+                text = f"{device['kind']}, precision of products: {device['precision']}"
+                for updates, _ in floor:
+                    text += f"; {rate * fields.get('utd_ratio', 1) / updates:.0%} of the time in updates"
+                yield row | {"measured": f"{rate:,.0f} steps/s", "beside": text, "value": rate}
 
 
 GROUPS = {name.removeprefix("measure_"): f for name, f in list(globals().items()) if name.startswith("measure_")}
