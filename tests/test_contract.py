@@ -332,7 +332,7 @@ def test_values_stop_at_a_termination_and_not_at_a_time_limit(name, env):
         gamma=0.9,
         tau=0.05,
     )
-    state, _ = jax.jit(module.train)(config, random.key(0))
+    state, _ = fast_jit(module.train)(config, random.key(0))
     times = np.arange(50) / 50 if env == "ClockTruncated-test" else np.arange(10) / 10
     obs = jnp.asarray(times)[:, None]
     values = module.twin_critics(config, state.params.critic, obs, module.greedy(config, state.params, obs)).min(axis=0)
