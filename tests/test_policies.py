@@ -14,11 +14,11 @@ from policies import make
 from amortax.common import play, policy, record
 
 FOLDER = ROOT / "results" / "policies"
-FOLDERS = {path.parent.parent.name: path.parent for path in sorted(FOLDER.glob("*/*/policy.npz"))}
+FOLDERS = {str(path.parent.relative_to(FOLDER)): path.parent for path in sorted(FOLDER.glob("*/*/policy.npz"))}
 LEAST = {"Pendulum-v1": -300, "CartPole-v1": 400}  # mean returns; an untrained policy has about -1200, and 20
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_policy_plays_well(name):
     """And it is found and loaded without a note."""
     module, config, params = policy.load(policy.find_seed(FOLDERS[name]))
@@ -28,12 +28,12 @@ def test_policy_plays_well(name):
 
 @pytest.mark.quick
 def test_policies_are_small_and_name_no_place():
-    assert [*FOLDERS] == sorted(ALGORITHMS)
+    assert {name.partition("/")[0] for name in FOLDERS} == {*ALGORITHMS}
     assert {path.name for folder in FOLDERS.values() for path in folder.iterdir()} == {"config.json", "policy.npz"}
     for name, folder in FOLDERS.items():
         text = (folder / "config.json").read_text()
         description = json.loads(text)
-        assert (description["algorithm"], description["config"]["env"]) == (name, folder.name)
+        assert f"{description['algorithm']}/{description['config']['env']}" == name
         assert not re.search(r'"[^"]*(/|\\)[^"]*"', text)
     assert sum(path.stat().st_size for path in FOLDER.rglob("*.npz")) < 2e6
 
@@ -41,7 +41,7 @@ def test_policies_are_small_and_name_no_place():
 @pytest.mark.quick
 def test_page_is_that_of_the_policies():
     assert (FOLDER / "README.md").read_text() == make.page()
-    assert sorted(make.FLAGS) == sorted(ALGORITHMS)
+    assert sorted(make.FLAGS) == sorted(FOLDERS)
     for name, folder in FOLDERS.items():
         description = record.read_config(folder)
         assert description["flags"] == make.FLAGS[name]
@@ -49,7 +49,7 @@ def test_page_is_that_of_the_policies():
 
 
 def test_play_says_nothing_but_the_return(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["play", str(FOLDERS["td3"]), "--episodes", "8"])
+    monkeypatch.setattr(sys, "argv", ["play", str(FOLDERS["td3/Pendulum-v1"]), "--episodes", "8"])
     play.main()
     said = capsys.readouterr()
     assert said.err == ""
@@ -58,8 +58,8 @@ def test_play_says_nothing_but_the_return(monkeypatch, capsys):
 
 @pytest.mark.quick
 def test_unknown_policy_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["make.py", "td4"])
+    monkeypatch.setattr(sys, "argv", ["make.py", "td4/Pendulum-v1"])
     with pytest.raises(SystemExit) as end:
         make.main()
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: td4: no such policy; there are fqi, ")
+    assert capsys.readouterr().err.startswith("error: td4/Pendulum-v1: no such policy; there are fqi/Pendulum-v1, ")

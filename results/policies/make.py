@@ -1,8 +1,8 @@
 """Train the policies of this folder anew by the command line, measure their returns, and write README.md.
 
-    python results/policies/make.py            all of them
-    python results/policies/make.py td3 sac    some of them
-    python results/policies/make.py --page     README.md only
+    python results/policies/make.py                    all of them
+    python results/policies/make.py td3/Pendulum-v1    some of them
+    python results/policies/make.py --page             README.md only
 
 Each is `<algorithm>/<env>/policy.npz`, and `config.json` beside it says how it was trained, without the `source` of a
 run: the player takes the algorithm of that name.
@@ -22,21 +22,21 @@ from amortax.common import cli, devices, play, policy, record
 
 HERE = Path(__file__).resolve().parent
 EPISODES = 1_000  # of the measured return
-FLAGS = {  # of each algorithm's command
-    "fqi": "",
-    "fqi_amortized": "",
-    "nfqca": "",
-    "ddpg": "",
-    "td3": "",
-    "dqn": "",
-    "soft_fqi": "",
-    "sac_value": "",
-    "sac": "",
-    "reinforce": "--env Pendulum-v1 --seed 1",
-    "ppo": "--env Pendulum-v1 --total-steps 200000",
-    "svg": "",
-    "svg_model": "",
-    "shac": "",
+FLAGS = {  # of each policy's command
+    "fqi/Pendulum-v1": "",
+    "fqi_amortized/Pendulum-v1": "",
+    "nfqca/Pendulum-v1": "",
+    "ddpg/Pendulum-v1": "",
+    "td3/Pendulum-v1": "",
+    "dqn/CartPole-v1": "",
+    "soft_fqi/Pendulum-v1": "",
+    "sac_value/Pendulum-v1": "",
+    "sac/Pendulum-v1": "",
+    "reinforce/Pendulum-v1": "--env Pendulum-v1 --seed 1",
+    "ppo/Pendulum-v1": "--env Pendulum-v1 --total-steps 200000",
+    "svg/Pendulum-v1": "",
+    "svg_model/Pendulum-v1": "",
+    "shac/Pendulum-v1": "",
 }
 INTRODUCTION = """# Trained policies
 
@@ -52,9 +52,9 @@ episodes with its standard error, as the player prints it with `--episodes {epis
 on Pendulum-v1 and 500 on CartPole-v1. The final return of REINFORCE depends on the seed
 ([curves](../README.md#curves_pendulum)): here it is not the first one.
 
-`python results/policies/make.py` trains all and writes this page, `python results/policies/make.py td3` trains one.
-`config.json` holds hyperparameters, seed and versions. It names no source file: the player takes the algorithm of that
-name from the package `amortax` as it is now.
+`python results/policies/make.py` trains all and writes this page, with a name of the table only that one. `config.json`
+holds hyperparameters, seed and versions. It names no source file: the player takes the algorithm of that name from the
+package `amortax` as it is now.
 """
 
 
@@ -67,27 +67,31 @@ def main():
     devices.set_up_backend()
     for name in names:
         with tempfile.TemporaryDirectory() as out:
-            folder = train(name, Path(out))
-            measure(folder)
-            print(f"{name}: {record.read_config(folder)['return']}", flush=True)
+            train(name, Path(out))
+            measure(HERE / name)
+            print(f"{name}: {record.read_config(HERE / name)['return']}", flush=True)
     (HERE / "README.md").write_text(page())
 
 
 def train(name, out):
-    """Train by the command line; the folder of the policy, which replaces the one that was there."""
-    command = [sys.executable, HERE.parent.parent / "algorithms" / f"{name}.py", *FLAGS[name].split()]
+    """Train by the command line, and replace the policy that was there."""
+    command = [sys.executable, HERE.parent.parent / "algorithms" / f"{algorithm_of(name)}.py", *FLAGS[name].split()]
     subprocess.run([*command, "--no-plot", "--keep-state", "never", "--out", out], check=True)
     (run,) = out.glob("*/*/*/seed_*")
     description = record.read_config(run)
     step = int(record.read_metrics(run)["step"][-1])
-    folder = HERE / name / description["config"]["env"]
-    shutil.rmtree(HERE / name, ignore_errors=True)
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copy(run / "policy.npz", folder)
     of_this_machine = ("source", "source_sha256")
     description = {key: value for key, value in description.items() if key not in of_this_machine}
     record.write_config(folder, description | {"flags": FLAGS[name], "step": step, "date": str(datetime.date.today())})
-    return folder
+
+
+def algorithm_of(name):
+    """The algorithm of a policy."""
+    return name.partition("/")[0]
 
 
 def measure(folder):
@@ -104,13 +108,11 @@ def page():
     rows = [["policy", "trained by", "seed", "steps", "return", "date"], ["---"] * 6]
     versions = set()
     for name in FLAGS:
-        for path in sorted(HERE.glob(f"{name}/*/config.json")):
-            x = record.read_config(path.parent)
-            place = f"{name}/{path.parent.name}"
-            command = " ".join(["python", f"algorithms/{name}.py", *x["flags"].split()])
-            result = f"{x['return']:.1f} ± {x['standard_error']:.1f}"
-            rows.append([f"[{place}]({place})", f"`{command}`", str(x["seed"]), f"{x['step']:,}", result, x["date"]])
-            versions.add(", ".join(f"{package} {version}" for package, version in x["versions"].items()))
+        x = record.read_config(HERE / name)
+        command = " ".join(["python", f"algorithms/{algorithm_of(name)}.py", *x["flags"].split()])
+        result = f"{x['return']:.1f} ± {x['standard_error']:.1f}"
+        rows.append([f"[{name}]({name})", f"`{command}`", str(x["seed"]), f"{x['step']:,}", result, x["date"]])
+        versions.add(", ".join(f"{package} {version}" for package, version in x["versions"].items()))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     used = "\n".join(f"Trained and measured on a CPU with {text}." for text in sorted(versions))
     return f"{INTRODUCTION.format(episodes=EPISODES)}\n{table}\n\n{used}\n"
