@@ -20,6 +20,7 @@ from experiments.training import Run
 ENVS = ("LQR1-v0", "LQR-v0")
 NUM_STATES, NUM_SAMPLES = 512, 64
 FLAGS = f"--gamma {GAMMA} --hidden-sizes 512 --total-steps 25000 --steps-per-epoch 1600 --num-eval-episodes 1"
+FLAGS += " --learning-rate 3e-4"
 TEMPERATURE = {"sac_value": " --alpha 0.2", "sac": ""}  # of the same order; SAC learns its own
 
 
@@ -49,9 +50,9 @@ def measure(run):
     optimal = lqr.solve(gymnax.make(run.env)[1], GAMMA, 1.0)
     distance = jax.jit(lambda params: kl_divergence(module, config, params.actor, optimal, temperature(config, params)))
     rows = []
-    for seed, step, params, _ in training.snapshots(module, config, run.seeds):
-        row = {"seed": seed, "progress": step, "finite": int(training.is_finite(params))}
-        row |= {"kl": float(distance(params)), "temperature": float(temperature(config, params))}
+    for x in training.snapshots(module, config, run.seeds):
+        row = {"seed": x.seed, "progress": x.step, "finite": int(training.is_finite(x.params))}
+        row |= {"kl": float(distance(x.params)), "temperature": float(temperature(config, x.params))}
         rows.append({name: short(x) for name, x in row.items()})
     return sorted(rows, key=lambda row: row["seed"])
 
@@ -105,7 +106,8 @@ EXPERIMENTS = {
             "and less than a tenth of the divergence before the first update.",
             holds,
         ),
-        notes="The Boltzmann policy is that of SAC's temperature at the time: given for sac_value, learned by sac.",
+        notes="The Boltzmann policy is that of SAC's temperature at the time: given for sac_value, learned by sac. The step "
+        "size is 3e-4: with 1e-3, the default, the divergence ends between 0.05 and 0.1 nats, and its intervals above.",
         table=table,
         draw=draw,
         quick=lambda cells: training.smaller(cells, next(iter(cells))),

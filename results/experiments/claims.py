@@ -561,7 +561,7 @@ EXPERIMENTS = {
         title="REINFORCE on Pendulum-v1 depends on all of its settings",
         question="Which settings decide whether REINFORCE swings the pendulum up in a million steps?",
         cells={
-            f"{variant} on {PENDULUM}": Run("reinforce", PENDULUM, f"{MILLION} {flags}".strip(), seeds=8)
+            f"{variant} on {PENDULUM}": Run("reinforce", PENDULUM, f"{MILLION} {flags}".strip(), seeds=32)
             for variant, flags in SETTINGS.items()
         },
         measure=training.learning_curves,
@@ -572,6 +572,6 @@ EXPERIMENTS = {
         table=study.return_table,
         draw=draw_final_returns,
         quick=lambda cells: training.smaller(cells, "reinforce on Pendulum-v1", "reinforce, lambda 1 on Pendulum-v1"),
-        sample=study.returns_sample(seeds=8),
+        sample=study.returns_sample(seeds=32),
     ),
 }
