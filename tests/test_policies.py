@@ -15,15 +15,18 @@ from amortax.common import play, policy, record
 
 FOLDER = ROOT / "results" / "policies"
 FOLDERS = {str(path.parent.relative_to(FOLDER)): path.parent for path in sorted(FOLDER.glob("*/*/policy.npz"))}
-LEAST = {"Pendulum-v1": -300, "CartPole-v1": 400}  # mean returns; an untrained policy has about -1200, and 20
+# mean returns; an untrained policy has about -1200, 20, and 40
+LEAST = {"Pendulum-v1": -300, "CartPole-v1": 400, "playground.WalkerWalk": 700}
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_policy_plays_well(name):
     """And it is found and loaded without a note."""
+    if "playground" in name:
+        pytest.importorskip("mujoco_playground")
     module, config, params = policy.load(policy.find_seed(FOLDERS[name]))
     returns = np.asarray(play.gymnax_returns(module.act, config, params, 0, jnp.arange(8)))
-    assert returns.mean() > LEAST[config.env]
+    assert returns.mean() > LEAST[FOLDERS[name].name]
 
 
 @pytest.mark.quick
@@ -33,9 +36,10 @@ def test_policies_are_small_and_name_no_place():
     for name, folder in FOLDERS.items():
         text = (folder / "config.json").read_text()
         description = json.loads(text)
-        assert f"{description['algorithm']}/{description['config']['env']}" == name
-        assert not re.search(r'"[^"]*(/|\\)[^"]*"', text)
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*.npz")) < 2e6
+        env = description["config"]["env"]
+        assert f"{description['algorithm']}/{env.replace('/', '.')}" == name
+        assert not re.search(r'"[^"]*(/|\\)[^"]*"', text.replace(env, ""))
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*.npz")) < 5e6
 
 
 @pytest.mark.quick

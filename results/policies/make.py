@@ -3,6 +3,7 @@
     python results/policies/make.py                    all of them
     python results/policies/make.py td3/Pendulum-v1    some of them
     python results/policies/make.py --page             README.md only
+    python results/policies/make.py --film             only ../figures/film_walker.gif, eight seconds of WalkerWalk
 
 Each is `<algorithm>/<env>/policy.npz`, and `config.json` beside it says how it was trained, without the `source` of a
 run: the player takes the algorithm of that name.
@@ -18,10 +19,14 @@ from pathlib import Path
 import numpy as np
 from jax import numpy as jnp
 
-from amortax.common import cli, devices, play, policy, record
+from amortax.common import cli, devices, film, play, policy, record
 
 HERE = Path(__file__).resolve().parent
-EPISODES = 1_000  # of the measured return
+EPISODES, PHYSICS_EPISODES = 1_000, 100  # of the measured return
+CONTROL_SUITE = (
+    "--hidden-sizes 256 256 --tau 0.005 --num-eval-episodes 8 --total-steps 100000 --learning-starts 4000"
+    " --steps-per-epoch 12000"
+)
 FLAGS = {  # of each policy's command
     "fqi/Pendulum-v1": "",
     "fqi_amortized/Pendulum-v1": "",
@@ -37,20 +42,23 @@ FLAGS = {  # of each policy's command
     "svg/Pendulum-v1": "",
     "svg_model/Pendulum-v1": "",
     "shac/Pendulum-v1": "",
+    "sac/playground.WalkerWalk": f"--env playground/WalkerWalk {CONTROL_SUITE}",
 }
 INTRODUCTION = """# Trained policies
 
-One policy of each learning algorithm, to play, film or start from without training:
+A policy of each learning algorithm, and one that walks, to play, film or start from without training:
 
 ```bash
 python -m amortax.common.play results/policies/td3/Pendulum-v1 --gif pendulum.gif
 python algorithms/td3.py --init-from results/policies/td3/Pendulum-v1 --name continued
 ```
 
+WalkerWalk needs an extra, `pip install -e ".[playground]"`.
+
 `steps` are environment steps, or the base points of the fitted-Q files; `return` is the mean of {episodes:,} greedy
-episodes with its standard error, as the player prints it with `--episodes {episodes}`. The best possible mean is -137.2
-on Pendulum-v1 and 500 on CartPole-v1. The final return of REINFORCE depends on the seed
-([curves](../README.md#curves_pendulum)): here it is not the first one.
+episodes ({physics:,} of WalkerWalk) with its standard error, as the player prints it with `--episodes {episodes}`. The
+best possible mean is -137.2 on Pendulum-v1, 500 on CartPole-v1 and 1,000 on WalkerWalk. The final return of REINFORCE
+depends on the seed ([curves](../README.md#curves_pendulum)): here it is not the first one.
 
 `python results/policies/make.py` trains all and writes this page, with a name of the table only that one. `config.json`
 holds hyperparameters, seed and versions. It names no source file: the player takes the algorithm of that name from the
@@ -60,6 +68,9 @@ package `amortax` as it is now.
 
 def main():
     """Command line."""
+    if sys.argv[1:] == ["--film"]:
+        record.write_atomic(HERE.parent / "figures" / "film_walker.gif", draw("sac/playground.WalkerWalk"))
+        return
     names = [] if sys.argv[1:] == ["--page"] else sys.argv[1:] or list(FLAGS)
     for name in names:
         if name not in FLAGS:
@@ -97,10 +108,19 @@ def algorithm_of(name):
 def measure(folder):
     """Write the mean return of a policy and its standard error into its `config.json`."""
     module, config, params = policy.load(folder)
-    returns = np.asarray(play.gymnax_returns(module.act, config, params, 0, jnp.arange(EPISODES)), np.float64)
-    error = returns.std(ddof=1) / EPISODES**0.5
+    episodes = jnp.arange(PHYSICS_EPISODES if "/" in config.env else EPISODES)
+    returns = np.asarray(play.gymnax_returns(module.act, config, params, 0, episodes), np.float64)
+    error = returns.std(ddof=1) / len(returns) ** 0.5
     found = {"return": round(returns.mean(), 1), "standard_error": round(error, 1)}
     record.write_config(folder, record.read_config(folder) | found)
+
+
+def draw(name):
+    """The first eight seconds of an episode as the bytes of a GIF."""
+    module, config, params = policy.load(HERE / name)
+    _, frames = play.gymnax_film(module.act, config, params, 0)
+    shown = (frame.convert("RGB").resize((240, 180)) for frame in frames[: 8000 // film.FRAME_MS])
+    return film.encode_gif([film.to_frame(np.asarray(frame)) for frame in shown])
 
 
 def page():
@@ -115,7 +135,7 @@ def page():
         versions.add(", ".join(f"{package} {version}" for package, version in x["versions"].items()))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     used = "\n".join(f"Trained and measured on a CPU with {text}." for text in sorted(versions))
-    return f"{INTRODUCTION.format(episodes=EPISODES)}\n{table}\n\n{used}\n"
+    return f"{INTRODUCTION.format(episodes=EPISODES, physics=PHYSICS_EPISODES)}\n{table}\n\n{used}\n"
 
 
 if __name__ == "__main__":
