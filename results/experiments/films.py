@@ -106,11 +106,11 @@ def draw_landscape(rows):
         image = axes.pcolormesh(ANGLES, ACTIONS, loss, cmap="cividis", vmin=np.quantile(loss, 0.05), vmax=0)
         page.colorbar(image, label="q(s, a) - max q(s, .)")
         column = lambda name, chosen=chosen: [row[name] for row in chosen]
-        axes.plot(ANGLES, column("solver"), "o", color=drawing.ORANGE, markersize=4, label="solver")
-        axes.plot(ANGLES, column("policy"), color="white", linewidth=2.5, label="policy")
+        axes.plot(ANGLES, column("solver"), "o", color="black", markersize=4, label="solver")
+        axes.plot(ANGLES, column("policy"), color=drawing.algorithm_color("td3"), linewidth=2.5, label="policy")
         axes.set(xlabel="angle from upright, at rest (rad)", ylabel="action", ylim=(-1.08, 1.08))
         axes.set_title(f"{step:,.0f} steps, return {chosen[0]['return']:,.0f}", fontsize="medium")
-        axes.legend(loc="lower left", fontsize="small", facecolor="0.6")
+        axes.legend(loc="lower left", fontsize="small", facecolor="0.9")
         with io.BytesIO() as file:
             page.savefig(file, format="png")
             image = Image.open(file).convert("RGB")
