@@ -107,7 +107,8 @@ EXPERIMENTS = {
             holds,
         ),
         notes="The Boltzmann policy is that of SAC's temperature at the time: given for sac_value, learned by sac. The "
-        "step size is 3e-4, since with the default of 1e-3 the policy keeps moving about the optimum.",
+        "step size is 3e-4, since with the default of 1e-3 the policy keeps moving about the optimum; the figure shows "
+        "where the divergence still falls at the end.",
         table=table,
         draw=draw,
         quick=lambda cells: training.smaller(cells, next(iter(cells))),
