@@ -56,8 +56,6 @@ def runs(env):
     cells |= {name: run(name, flags) for name, flags in fitted.items()}
     cells |= {"svg": run("svg", flags["svg"]), "svg_model": run("svg_model", MODEL)}
     cells |= {"reinforce": run("reinforce", flags["reinforce"])}
-    if env == "PointRobot-misc":  # whose data are older than ppo.py and shac.py
-        return cells
     return cells | {"ppo": run("ppo", PPO), "shac": run("shac", SHAC.get(env, ""))}
 
 
