@@ -12,6 +12,7 @@ same code on the same machine reruns are byte-identical except for timings.
 
 import dataclasses
 import datetime
+import importlib.util
 import re
 import sys
 import time
@@ -48,6 +49,7 @@ MODULES = (lineage, films, optimum, curves, control_suite, claims, smooth_critic
 MODULES += (estimators, distributions, gradient_variance, svg_gradients, maximizers)
 MODULES += (amortization_time, amortization_gap)
 EXPERIMENTS = {name: experiment for module in MODULES for name, experiment in module.EXPERIMENTS.items()}
+PLAYGROUND = importlib.util.find_spec("mujoco_playground") is not None
 # claims in the table of the project's README; that of this folder's README has all
 SELECTED = ("amortization", "overestimation", "policy_delay", "exploration", "smooth_costs")
 SELECTED += ("boltzmann", "closed_form_2", "pathwise_returns")
@@ -81,6 +83,12 @@ def main():
         cli.fail("--redraw: not with --quick")
     out = options.out or (RESULTS / "runs" / "quick" if options.quick else RESULTS)
     for name in names:
+        if not options.redraw and needs_playground(name, options.quick) and not PLAYGROUND:
+            message = f'{name}: needs the extra playground: pip install -e ".[playground]"'
+            if options.experiments != ("all",):
+                cli.fail(message)
+            print(f"{message}; skipped", flush=True)
+            continue
         try:
             redraw(name, out) if options.redraw else reproduce(name, out, options.quick)
         except KeyboardInterrupt:
@@ -88,11 +96,23 @@ def main():
             raise SystemExit(130) from None
 
 
+def cells_of(name, quick):
+    """`{label: cell}` of an experiment or its small version."""
+    experiment = EXPERIMENTS[name]
+    return experiment.quick(experiment.cells) if quick else experiment.cells
+
+
+def needs_playground(name, quick):
+    """Whether a cell trains in MuJoCo Playground."""
+    cells = cells_of(name, quick).values()
+    return any(isinstance(cell, training.Run) and cell.env.startswith("playground/") for cell in cells)
+
+
 def reproduce(name, out, quick):
     """Measure the missing cells of an experiment and write its files."""
     experiment = EXPERIMENTS[name]
     rows = []
-    for label, cell in (experiment.quick(experiment.cells) if quick else experiment.cells).items():
+    for label, cell in cells_of(name, quick).items():
         path = training.WORK / "cells" / f"{training.fingerprint(experiment, cell)}.csv"
         if not path.exists():
             start = time.monotonic()

@@ -1,6 +1,5 @@
 """The experiments of `results/`: their keys, what is kept, small versions of each kind, and the committed numbers."""
 
-import importlib.util
 import re
 import shutil
 import signal
@@ -45,7 +44,6 @@ QUICK = (  # one for each way of measuring; the others have the same with other 
     "amortization_time",
     "amortization_gap",
 )
-PHYSICS = importlib.util.find_spec("mujoco_playground") is not None
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +88,7 @@ def test_every_run_has_flags_and_numbers_that_its_algorithm_accepts(work):
     for run in sorted(runs):
         module, config = training.load(run)
         module.check(config)
-        if run.env.startswith("playground/") and not PHYSICS:
+        if run.env.startswith("playground/") and not reproduce.PLAYGROUND:
             continue
         if (run.algorithm, run.change, run.env) not in traced:  # what is checked besides takes longer
             jax.eval_shape(lambda key, module=module, config=config: module.init(config, key), random.key(0))
@@ -271,6 +269,27 @@ def test_mistakes(flags, said, monkeypatch, capsys):
     assert not printed.out
     assert printed.err.startswith(f"error: {said}")
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.quick
+def test_experiments_that_need_an_extra_are_skipped_or_refused(monkeypatch, capsys):
+    """Where it is not installed; a small version may not need it."""
+    monkeypatch.setattr(reproduce, "PLAYGROUND", False)
+    wanted = {name: reproduce.EXPERIMENTS[name] for name in ("locomotion", "amortization_gap")}
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", wanted)
+    measured = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda name, *_: measured.append(name))
+    needs = 'needs the extra playground: pip install -e ".[playground]"'
+    for flags, names in ((["all"], []), (["all", "--quick"], ["amortization_gap"])):
+        measured.clear()
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags])
+        reproduce.main()
+        assert measured == names
+        assert f"locomotion: {needs}; skipped" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "locomotion"])
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main()
+    assert capsys.readouterr().err == f"error: locomotion: {needs}\n"
 
 
 @pytest.mark.quick
