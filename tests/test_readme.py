@@ -28,9 +28,9 @@ COMMANDS = sorted(set(re.findall(r"(?:^|`|&& )((?:python (?:-m |[\w/]+\.py)|amor
 
 
 def test_python_blocks_print_what_they_say(monkeypatch):
-    """Unchanged and one after the other, but with small networks and batches, which are not in what they print."""
+    """Unchanged, but with small networks and batches, which are not in what they print."""
     ours = blocks("python", README)
-    assert len(ours) == 2
+    assert ours
     monkeypatch.setattr(td3, "Config", functools.partial(td3.Config, hidden_sizes=(8,), batch_size=8))
     said, names = io.StringIO(), {}
     with contextlib.redirect_stdout(said):
@@ -38,8 +38,7 @@ def test_python_blocks_print_what_they_say(monkeypatch):
             assert len(block.strip().splitlines()) <= 10
             exec(block, names)
     assert said.getvalue().splitlines() == re.findall(r"print.*# (\([\d, ]*\))", "".join(ours))
-    # the learning rates are not one: only they differ between the runs
-    assert np.abs(np.diff(names["metrics"].critic_loss, axis=0)).min() > 0
+    assert np.abs(np.diff(names["metrics"].critic_loss, axis=0)).min() > 0  # no two seeds are the same
 
 
 def test_transitions_of_a_gymnasium_loop_are_learned_from(monkeypatch, tmp_path):
@@ -141,7 +140,7 @@ def test_flags_and_files_name_what_exists():
 @pytest.mark.quick
 def test_the_readme_is_short():
     lines = README.splitlines()
-    assert len(lines) < 175
+    assert len(lines) < 165
     assert lines.index("pip install -e .") < 25
 
 
