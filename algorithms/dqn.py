@@ -175,7 +175,7 @@ def critic_loss(critic_params, config, batch, target):
 
 
 def optimizer(config):
-    """Adam; a schedule or gradient clipping goes here."""
+    """Adam; gradient clipping or a schedule, in updates of the parameters in question, goes here."""
     return optax.adam(config.learning_rate)
 
 

@@ -286,7 +286,7 @@ def actor_loss(actor_params, config, obs, action):
 
 
 def optimizer(config):
-    """Adam; a schedule or gradient clipping goes here."""
+    """Adam; gradient clipping or a schedule, in updates of the parameters in question, goes here."""
     return optax.adam(config.learning_rate)
 
 

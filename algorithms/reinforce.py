@@ -183,7 +183,7 @@ def actor_loss(actor_params, config, transitions, advantage):
 
 
 def optimizer(learning_rate):
-    """Adam; a schedule or gradient clipping goes here."""
+    """Adam; gradient clipping or a schedule, in updates of the parameters in question, goes here."""
     return optax.adam(learning_rate)
 
 

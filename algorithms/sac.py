@@ -206,7 +206,7 @@ def alpha_loss(log_alpha, entropy, target_entropy):
 
 
 def optimizer(config):
-    """Adam; a schedule or gradient clipping goes here."""
+    """Adam; gradient clipping or a schedule, in updates of the parameters in question, goes here."""
     return optax.adam(config.learning_rate)
 
 

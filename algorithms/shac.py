@@ -197,7 +197,7 @@ def critic_loss(critic_params, config, obs, target):
 
 
 def optimizer(learning_rate):
-    """Adam; a schedule goes here."""
+    """Adam; a schedule, in updates of the parameters in question, goes here."""
     return optax.adam(learning_rate)
 
 

@@ -260,7 +260,7 @@ def actor_loss(actor_params, critic_params, config, batch, noise):
 
 
 def optimizer(config):
-    """Adam; a schedule or gradient clipping goes here."""
+    """Adam; gradient clipping or a schedule, in updates of the parameters in question, goes here."""
     return optax.adam(config.learning_rate)
 
 

@@ -199,7 +199,7 @@ def policy_gradient(actor_params, config, starts, noises):
 
 
 def optimizer(config):
-    """Adam; a schedule goes here."""
+    """Adam; a schedule, in updates of the parameters in question, goes here."""
     return optax.adam(config.learning_rate)
 
 

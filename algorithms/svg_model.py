@@ -235,7 +235,7 @@ def model_loss(network, config, model, batch):
 
 
 def optimizer(learning_rate):
-    """Adam; a schedule goes here."""
+    """Adam; a schedule, in updates of the parameters in question, goes here."""
     return optax.adam(learning_rate)
 
 
