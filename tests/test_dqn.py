@@ -300,7 +300,7 @@ def test_updates_find_the_values_of_a_random_process(loss):
 
 
 def test_balances_the_pole():
-    """The mean of two seeds after 50,000 steps; random actions balance it for about 22 steps."""
+    """The mean of four seeds after 50,000 steps; random actions balance it for about 22 steps."""
     config = dqn.Config(num_eval_episodes=16, steps_per_epoch=49_000)
     train = jax.vmap(lambda key: dqn.train(config, key)[1].eval_returns.mean())
-    assert fast_jit(train)(random.split(random.key(0), 2)).mean() >= 195
+    assert fast_jit(train)(random.split(random.key(0), 4)).mean() >= 195
