@@ -11,7 +11,7 @@ import numpy as np
 from jax import random
 
 from amortax.algorithms import fqi
-from amortax.common import milp
+from amortax.common import milp, play
 from experiments import control_suite, drawing, study, training
 from experiments.study import Criterion, Experiment, is_below, short
 from experiments.training import Run
@@ -87,30 +87,22 @@ def missed(module, config, params, obs, gap):
     return float(np.mean(np.array(found) - gap))
 
 
-def improved_return(module, config, params, key):
-    """Mean undiscounted return of episodes in which each action of the policy is improved before it is taken."""
-    env = module.make_env(config.env)
+def improved_act(module):
+    """`act` of an algorithm's module, but each action of the policy is improved before it is taken."""
 
-    def step(carry):
-        env_state, obs, total, _, key = carry
-        key, key_step = random.split(key)
-        action = improve(objective(module, config, params, obs), module.greedy(config, params, obs))
-        env_state, obs, reward, _, terminated, truncated = env.step(env_state, action, key_step)
-        return env_state, obs, total + reward, terminated | truncated, key
+    def act(config, params, obs):
+        env = module.make_env(config.env)
+        x = env.flatten(obs)
+        return env.rescale(improve(objective(module, config, params, x), module.greedy(config, params, x)))
 
-    def episode(key):
-        key, key_reset = random.split(key)
-        carry = *env.reset(key_reset), jnp.zeros(()), jnp.array(False), key
-        return jax.lax.while_loop(lambda carry: ~carry[3], step, carry)[2]
-
-    return jax.vmap(episode)(random.split(key, config.num_eval_episodes)).mean()
+    return act
 
 
 def measure(run):
     """A row for every seed and epoch of a run."""
     module, config = training.load(run)
     of_states = jax.jit(functools.partial(gaps, module, config))
-    of_episodes = jax.jit(functools.partial(improved_return, module, config))
+    act, episodes = improved_act(module), jnp.arange(config.num_eval_episodes)
     rows = []
     pick = functools.partial(sample_obs, module, config)
     for snapshot in training.snapshots(module, config, run.seeds, pick):
@@ -119,7 +111,8 @@ def measure(run):
         key = random.fold_in(random.key(snapshot.seed), snapshot.step)
         row = {"seed": snapshot.seed, "progress": snapshot.step}
         row["return"] = np.mean(snapshot.metrics.eval_returns, dtype=np.float64)
-        row["improved_return"] = float(of_episodes(snapshot.params, key))
+        improved = play.gymnax_returns(act, config, snapshot.params, snapshot.seed, episodes)
+        row["improved_return"] = np.mean(improved, dtype=np.float64)
         found, every = of_states(snapshot.params, snapshot.picked, key), NUM_STATES // NUM_EXACT
         row |= {name: float(x.mean()) for name, x in found.items()} | {"missed": ""}
         if snapshot.step >= config.total_steps:
@@ -210,7 +203,7 @@ EXPERIMENTS = {
         table=table,
         draw=draw,
         quick=lambda cells: training.smaller(cells, f"td3 on {SMALL}"),
-        sources=("algorithms/fqi.py", "common/milp.py"),
+        sources=("algorithms/fqi.py", "common/milp.py", "common/play.py"),
         sample=f"{control_suite.SEEDS} seeds each; each return is the mean of 8 episodes, 128 on {SMALL}",
     )
 }

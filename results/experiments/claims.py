@@ -2,7 +2,17 @@
 
 from amortax.common import plot
 from experiments import drawing, study, training, value_bias
-from experiments.curves import DISCRETE, LQR_FLAGS, LQR_GAMMA, ONLINE, STEPS, length_table, optimum, runs
+from experiments.curves import (
+    DISCRETE,
+    LQR_FLAGS,
+    LQR_GAMMA,
+    ONLINE,
+    STEPS,
+    draw_over_training,
+    length_table,
+    optimum,
+    runs,
+)
 from experiments.study import Criterion, Experiment, is_below
 from experiments.training import Run
 
@@ -47,25 +57,6 @@ def draw_final_returns(rows):
         axes.tick_params(axis="x", labelsize="small")
     for axes in panels[:, 0]:
         axes.set_ylabel("final greedy return")
-    return page
-
-
-def draw_over_training(rows):
-    """Return over training, a panel for each environment."""
-    envs = study.envs(rows)
-    page, panels = drawing.figure(4.6 * len(envs), 3.6, 1, len(envs))
-    for axes, env in zip(panels[0], envs, strict=True):
-        seen = []
-        for label, variant in study.variants(rows, env).items():
-            color = drawing.algorithm_color(label)  # variants of one algorithm differ in their lines
-            style = {"color": color, "linestyle": drawing.LINES[seen.count(color)]}
-            drawing.draw_curve(axes, rows, label, variant, per=1e3, **style)
-            seen.append(color)
-        drawing.draw_optimum(axes, optimum(env))
-        axes.set(title=env, xlabel="environment steps (thousands)")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    panels[0][0].set_ylabel("greedy return per episode")
     return page
 
 

@@ -5,13 +5,14 @@ They need an extra: `pip install -e ".[playground]"`.
 
 import functools
 
+from policies.make import LENGTH, NETWORKS
+
 from amortax.common import plot
-from experiments import drawing, study, training
+from experiments import study, training
+from experiments.curves import draw_over_training
 from experiments.study import Criterion, Experiment, is_below
 from experiments.training import Run
 
-NETWORKS = "--hidden-sizes 256 256 --tau 0.005 --num-eval-episodes 8"
-LENGTH = "--total-steps 100000 --learning-starts 4000 --steps-per-epoch 12000"
 OWN = {"ddpg": "--target-period 1"}
 SEEDS = 4
 # Returns of SAC from states. At 100,000 environment steps: Laskin, Srinivas, Abbeel, "CURL" (ICML 2020), table 1; at
@@ -67,21 +68,11 @@ def table(after_100k, rows):
     return study.return_table(rows, SAC_published=known)
 
 
-def draw(after_100k, rows):
-    """A panel for each task."""
-    tasks = study.envs(rows)
-    page, panels = drawing.figure(3.4 * len(tasks), 3.4, 1, len(tasks), sharey=True)
-    for axes, task in zip(panels[0], tasks, strict=True):
-        for label, algorithm in study.variants(rows, task).items():
-            drawing.draw_curve(axes, rows, label, algorithm, per=1e3, color=drawing.algorithm_color(label))
-        value, steps = published(task, after_100k)
-        name = f"SAC at {steps}k, published: {value}"
-        axes.axhline(value, color="black", linestyle="--", linewidth=1, label=name)
-        axes.set(title=task, xlabel="environment steps (thousands)", ylim=(0, 1000))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    panels[0][0].set_ylabel("greedy return per episode")
-    return page
+def mark_published(after_100k, axes, task):
+    """The published return, on an axis of all returns that are possible."""
+    value, steps = published(task, after_100k)
+    axes.axhline(value, color="black", linestyle="--", linewidth=1, label=f"SAC at {steps}k, published: {value}")
+    axes.set_ylim(0, 1000)
 
 
 def curves(title, pairs, after_100k=AFTER_100K, seeds=SEEDS, length=LENGTH):
@@ -99,13 +90,13 @@ def curves(title, pairs, after_100k=AFTER_100K, seeds=SEEDS, length=LENGTH):
         "step. A dashed line is the published return. The physics differ: ours is MJX in MuJoCo Playground, without "
         "action repeat; theirs is MuJoCo in dm_control, with actions repeated two to eight times.",
         table=functools.partial(table, after_100k),
-        draw=functools.partial(draw, after_100k),
+        draw=functools.partial(draw_over_training, mark=functools.partial(mark_published, after_100k)),
         quick=lambda cells: training.smaller(cells, next(iter(cells))),
         sample=study.returns_sample(seeds, "8 episodes"),
     )
 
 
-SMOOTH = {f"{activation}, {name}": (name, activation) for name in ("td3", "sac") for activation in ("silu", "relu")}
+SMOOTH = {f"{name}, {activation}": (name, activation) for name in ("td3", "sac") for activation in ("silu", "relu")}
 
 
 def smooth_holds(rows):
@@ -113,25 +104,9 @@ def smooth_holds(rows):
     answers = {}
     for task in study.envs(rows):
         finals = study.finals(rows, task)
-        for name in dict.fromkeys(variant.split(", ")[1] for variant in finals):
-            answers[f"{name} on {task}"] = not is_below(finals[f"silu, {name}"], finals[f"relu, {name}"])
+        for name in dict.fromkeys(variant.split(", ")[0] for variant in finals):
+            answers[f"{name} on {task}"] = not is_below(finals[f"{name}, silu"], finals[f"{name}, relu"])
     return answers
-
-
-def draw_smooth(rows):
-    """Return over training, a panel for each task."""
-    tasks = study.envs(rows)
-    page, panels = drawing.figure(4 * len(tasks), 3.6, 1, len(tasks))
-    for axes, task in zip(panels[0], tasks, strict=True):
-        for label, variant in study.variants(rows, task).items():
-            activation, algorithm = variant.split(", ")
-            style = {"color": drawing.algorithm_color(algorithm), "linestyle": "-" if activation == "silu" else "--"}
-            drawing.draw_curve(axes, rows, label, f"{algorithm}, {activation}", per=1e3, **style)
-        axes.set(title=task, xlabel="environment steps (thousands)")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    panels[0][0].set_ylabel("greedy return per episode")
-    return page
 
 
 def with_both(*tasks):
@@ -172,7 +147,7 @@ EXPERIMENTS = {
         ),
         notes="The runs with SiLU are those of the learning curves.",
         table=study.return_table,
-        draw=draw_smooth,
+        draw=draw_over_training,
         quick=lambda cells: training.smaller(cells, next(iter(cells))),
         sample=study.returns_sample(SEEDS, "8 episodes"),
     ),

@@ -211,19 +211,28 @@ def experiment(env, note, episodes="128 episodes"):
     )
 
 
-def draw_online(rows):
-    """A panel for each environment."""
+def draw_over_training(rows, mark=lambda axes, env: drawing.draw_optimum(axes, optimum(env))):
+    """Return over training, a panel for each environment, in which `mark(axes, env)` draws what is known of it."""
     envs = study.envs(rows)
-    page, panels = drawing.figure(3.8 * len(envs), 3.4, 1, len(envs))
+    page, panels = drawing.figure(4.6 * len(envs), 3.6, 1, len(envs))
     for axes, env in zip(panels[0], envs, strict=True):
-        for label, algorithm in study.variants(rows, env).items():
-            drawing.draw_curve(axes, rows, label, algorithm, per=1e3, color=drawing.algorithm_color(label))
-        drawing.draw_optimum(axes, 500 if env == "CartPole-v1" else None)
+        seen = []
+        for label, variant in study.variants(rows, env).items():
+            color = drawing.algorithm_color(label)  # variants of one algorithm differ in their lines
+            style = {"color": color, "linestyle": drawing.LINES[seen.count(color)]}
+            drawing.draw_curve(axes, rows, label, variant, per=1e3, **style)
+            seen.append(color)
+        mark(axes, env)
         axes.set(title=env, xlabel="environment steps (thousands)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     panels[0][0].set_ylabel("greedy return per episode")
     return page
+
+
+def mark_balance(axes, env):
+    """The highest return of CartPole-v1, with reward 1 in each of at most 500 steps."""
+    drawing.draw_optimum(axes, 500 if env == "CartPole-v1" else None)
 
 
 def length_table(rows):
@@ -239,7 +248,7 @@ def draw_discrete(rows):
         algorithm, env = study.split(label)
         per, unit = (1, "iterations") if algorithm in FITTED else (1e3, "environment steps (thousands)")
         drawing.draw_curve(axes, rows, label, algorithm, per=per, color=drawing.algorithm_color(label))
-        drawing.draw_optimum(axes, 500 if env == "CartPole-v1" else None)  # reward 1 in each of at most 500 steps
+        mark_balance(axes, env)
         axes.set(title=label, xlabel=unit)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -293,7 +302,7 @@ EXPERIMENTS = {
         notes="A reward of -1 for each step until the goal says nothing before it is reached, which on MountainCar-v0 "
         "random actions hardly ever do: PPO, which has no replay, has nothing to learn from.",
         table=length_table,
-        draw=draw_online,
+        draw=functools.partial(draw_over_training, mark=mark_balance),
         quick=lambda cells: training.smaller(cells, "dqn on CartPole-v1", "ppo on CartPole-v1"),
         sample=study.returns_sample(),
     ),
@@ -311,7 +320,7 @@ EXPERIMENTS = {
         notes="Images are flattened, and networks have two layers of 64 units, without convolutions. PPO has the "
         "published settings of PureJaxRL for these games, in a fifth of its steps, DQN an update every four steps.",
         table=length_table,
-        draw=draw_online,
+        draw=draw_over_training,
         quick=lambda cells: training.smaller(cells, "dqn on Breakout-MinAtar", "ppo on Breakout-MinAtar"),
         sample=study.returns_sample(8),
     ),

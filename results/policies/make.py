@@ -23,10 +23,9 @@ from amortax.common import cli, devices, film, play, policy, record
 
 HERE = Path(__file__).resolve().parent
 EPISODES, PHYSICS_EPISODES = 1_000, 100  # of the measured return
-CONTROL_SUITE = (
-    "--hidden-sizes 256 256 --tau 0.005 --num-eval-episodes 8 --total-steps 100000 --learning-starts 4000"
-    " --steps-per-epoch 12000"
-)
+# on the Control Suite
+NETWORKS = "--hidden-sizes 256 256 --tau 0.005 --num-eval-episodes 8"
+LENGTH = "--total-steps 100000 --learning-starts 4000 --steps-per-epoch 12000"
 FLAGS = {  # of each policy's command
     "fqi/Pendulum-v1": "",
     "fqi_amortized/Pendulum-v1": "",
@@ -42,7 +41,7 @@ FLAGS = {  # of each policy's command
     "svg/Pendulum-v1": "",
     "svg_model/Pendulum-v1": "",
     "shac/Pendulum-v1": "",
-    "sac/playground.WalkerWalk": f"--env playground/WalkerWalk {CONTROL_SUITE}",
+    "sac/playground.WalkerWalk": f"--env playground/WalkerWalk {NETWORKS} {LENGTH}",
 }
 INTRODUCTION = """# Trained policies
 
