@@ -5,13 +5,14 @@
     python results/benchmark/benchmark.py --only WORD ...  only these groups; the other rows of `benchmark.json` remain
     python results/benchmark/benchmark.py --redraw         only the tables, from `benchmark.json`; measures nothing
 
-Groups: peers, steps, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command, gpu. Measurements that are
-compared are interleaved, one turn of each after the other; the numbers are medians of `--turns` turns after a warm-up
-turn. Close other programs. The group `gpu` needs one, and the extras of the physics engines; its rows have no numbers
-without.
+Groups: peers, steps, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command, physics, gpu. Measurements
+that are compared are interleaved, one turn of each after the other; the numbers are medians of `--turns` turns after a
+warm-up turn. Close other programs. The groups `physics` and `gpu` need the extras of the physics engines; without a GPU
+the rows of `gpu` have no numbers.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -45,17 +46,20 @@ RATES = {  # cases of the files whose updates are not one for each environment s
     ),
     "shac, Pendulum-v1": ("shac", {"steps_per_epoch": 20_480}),
 }
+TASK = "playground/CheetahRun"
 HOPPER = {"env": "brax/hopper", "num_envs": 128, "hidden_sizes": [256, 256], "steps_per_epoch": 12_800}
-CHEETAH = {"env": "playground/CheetahRun", "num_envs": 1024, "hidden_sizes": [256, 256], "steps_per_epoch": 102_400}
+CHEETAH = {"env": TASK, "num_envs": 1024, "hidden_sizes": [256, 256], "steps_per_epoch": 102_400}
+TASK_STEPS, SEEDS, EPISODES = 50_000, 2, 16  # beside peers
 GPU = (  # case, algorithms, fields, numbers of seeds
     ("brax/hopper, 128 environments", ("td3", "sac"), HOPPER, (1, 200, 300)),
     ("Pendulum-v1", ("td3",), {"steps_per_epoch": 1000}, (1, 16, 256, 1024, 4096)),
     ("CheetahRun, 1,024 environments, 1 update per 16 steps", ("td3", "sac"), CHEETAH | {"utd_ratio": 1 / 16}, (1,)),
 )
+GYMNASIUM = ("gymnasium[classic-control]==1.4.0", "playground==0.2.0", "mujoco==4.0.0", "mujoco-mjx==3.17.0")
 PEERS = {  # requirements for pip
     "rejax": ("rejax==0.1.3", "gymnax==0.0.9"),
-    "sbx": ("sbx-rl==0.28.0", "gymnasium[classic-control]==1.4.0"),
-    "sb3": ("stable-baselines3==2.9.2", "gymnasium[classic-control]==1.4.0"),
+    "sbx": ("sbx-rl==0.28.0", *GYMNASIUM),
+    "sb3": ("stable-baselines3==2.9.2", *GYMNASIUM),
 }
 NAMES = {"rejax": "rejax", "sbx": "SBX", "sb3": "Stable-Baselines3"}
 ABSENT = "CleanRL's JAX DQN, TD3 and DDPG, PureJaxRL and Stoix are not available as packages: not measured."
@@ -76,7 +80,7 @@ QUOTED = (  # the cases of the table in the README
 
 def load(name, **fields):
     """An algorithm's module and configuration, with epochs long enough to be timed, and threads as in the runner."""
-    from amortax.common import devices
+    from amortax.common import brax, devices, playground  # noqa: F401, they register their environments
 
     module = importlib.import_module(f"amortax.algorithms.{name}")
     num_runs = fields.pop("num_seeds", 1)
@@ -344,6 +348,14 @@ def install(folder):
     return pythons
 
 
+def peer_command(pythons, peer, name, steps, **options):
+    """The command that trains a peer's algorithm; an option that is True is a flag."""
+    words = [pythons[peer], FOLDER / "peers.py", peer, name.upper(), "--steps", steps]
+    for option, value in options.items():
+        words += [f"--{option}", value] if value is not True else [f"--{option}"]
+    return words
+
+
 def updates_row(name, what, value, text, ratio):
     """A row whose value is a rate."""
     row = {"algorithm": name, "what": what, "measured": f"{value:,.0f} updates/s", "beside": text}
@@ -371,9 +383,8 @@ def measure_peers(turns, pythons):
         fields |= DISCRETE.get(name, {})
         number_of_envs = (4, 1) if name == "ppo" else (8, 1)
         commands = [command_of("epochs", name, fields | {"num_envs": n}, seeds) for n in number_of_envs]
-        for peer, number in steps.items():
-            script = [pythons[peer], FOLDER / "peers.py", peer, name.upper()]
-            commands.append([*script, hidden, buffer, seeds, number])
+        sizes = {"hidden": hidden, "buffer": buffer, "seeds": seeds}
+        commands += [peer_command(pythons, peer, name, number, **sizes) for peer, number in steps.items()]
         (ours, peak), (one_env, _), *theirs = take_turns(turns, *commands)
         many = f"{seeds} seeds, " if seeds > 1 else ""
         for peer, (rate, peer_peak) in zip(steps, theirs, strict=True):
@@ -397,10 +408,9 @@ def measure_goal(turns, pythons):
     for name in ("td3", "sac"):
         times = {peer: [] for peer in ("ours", *pythons)}
         for seed in range(3):
-            times["ours"].append(seconds_to_goal(name, seed))
+            times["ours"].append(seconds_until(GOAL, evaluations(name, seed, "--total-steps", "20000")))
             for peer in pythons:
-                script = [pythons[peer], FOLDER / "peers.py", peer, name.upper()]
-                reached = answer([*script, 64, 50_000, seed, 20_000, "--until", GOAL])
+                reached = answer(peer_command(pythons, peer, name, 20_000, until=GOAL, seed=seed))
                 times[peer].append(reached["seconds"] if reached else float("inf"))
         ours = statistics.median(times.pop("ours"))
         medians = {NAMES[peer]: statistics.median(seconds) for peer, seconds in times.items()}
@@ -409,22 +419,26 @@ def measure_goal(turns, pythons):
         yield row | {"beside": ", ".join(texts), "value": ours, "ratio": min(medians.values(), default=None)}
 
 
-def seconds_to_goal(name, seed):
-    """Seconds of the command line until the goal, with an empty cache."""
+def evaluations(name, seed, *flags):
+    """`(seconds from the start of the command, mean return)` of each evaluation, with an empty cache."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "algorithms" / f"{name}.py", "--seed", str(seed), "--total-steps", "20000"]
+        command = [sys.executable, ROOT / "algorithms" / f"{name}.py", "--seed", str(seed), *flags]
         start = time.perf_counter()
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, cwd=folder, env=os.environ | cache_in(f"{folder}/cache")
         )
-        for line in process.stdout:
-            found = re.search(r"return (-[\d.]+)", line)
-            if found and float(found[1]) >= GOAL:
-                seconds = time.perf_counter() - start
-                process.kill()
-                process.wait()
-                return seconds
-    return float("inf")
+        try:
+            for line in process.stdout:
+                if found := re.search(r"return (-?[\d,.]+)", line):
+                    yield time.perf_counter() - start, float(found[1].replace(",", ""))
+        finally:
+            process.kill()
+            process.wait()
+
+
+def seconds_until(goal, evaluated):
+    """Seconds of the first evaluation whose return is at least `goal`; infinite without one."""
+    return next((seconds for seconds, mean in evaluated if mean >= goal), float("inf"))
 
 
 def cache_in(folder):
@@ -550,6 +564,34 @@ def command_seconds(cache, folder):
     return time.perf_counter() - start
 
 
+def measure_physics(turns, pythons):
+    """A task of the Control Suite, beside peers that call its compiled step: rates, and returns after equal steps."""
+    libraries = [peer for peer in ("sbx", "sb3") if peer in pythons]
+    for name in ("sac", "td3") if libraries else ():
+        fields = {"env": TASK, "hidden_sizes": [256, 256], "tau": 0.005, "steps_per_epoch": 1000}
+        commands = [command_of("steps", name, fields | {"num_envs": n}) for n in (8, 1)]
+        for peer in libraries:
+            commands.append(peer_command(pythons, peer, name, 500, env=TASK, hidden=256))
+        (ours, _), (one_env, _), *theirs = take_turns(turns, *commands)
+        for peer, (rate, _) in zip(libraries, theirs, strict=True):
+            text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f} ({one_env / rate:.1f} x with num_envs 1)"
+            yield updates_row(name, f"{TASK}, 256 x 256", ours, text, ours / rate)
+    for name in ("sac", "td3") if libraries else ():
+        flags = f"--env {TASK} --hidden-sizes 256 256 --tau 0.005 --num-eval-episodes {EPISODES}"
+        flags += f" --total-steps {TASK_STEPS} --steps-per-epoch 5000"
+        ours = [[*evaluations(name, seed, *flags.split())] for seed in range(SEEDS)]
+        reached = statistics.mean(evaluated[-1][1] for evaluated in ours)
+        row = {"algorithm": name, "what": f"{TASK}, return after {TASK_STEPS:,} steps", "value": reached}
+        for peer in libraries:
+            for label, options in (("same hyperparameters", {"hidden": 256}), ("its defaults", {"defaults": True})):
+                command = functools.partial(peer_command, pythons, peer, name, TASK_STEPS, env=TASK, returns=True)
+                theirs = [answer(command(seed=seed, **options)) for seed in range(SEEDS)]
+                mean, took = (statistics.mean(x[part] for x in theirs) for part in ("return", "seconds"))
+                until = statistics.mean(seconds_until(mean, evaluated) for evaluated in ours)
+                text = f"{NAMES[peer]}, {label}: {mean:,.0f} after {took:,.0f} s, Amortax there after {until:,.0f} s"
+                yield row | {"measured": f"{reached:,.0f}", "beside": text, "ratio": took / until}
+
+
 def measure_gpu(turns, pythons):
     """Environment steps per second on a GPU, of one run also the share of its updates."""
     device = answer(command_of("device"))
@@ -645,7 +687,7 @@ def main():
     measured = json.loads(path.read_text()) if path.exists() else {"groups": {}, "peers": []}
     measured |= {"machine": machine(), "turns": arguments.turns}
     if pythons:
-        measured["peers"] = [package for packages in PEERS.values() for package in packages if "gymnas" not in package]
+        measured["peers"] = [package for packages in PEERS.values() for package in packages if package not in GYMNASIUM]
     for group in arguments.only:
         measured["groups"][group] = []
         for row in GROUPS[group](arguments.turns, pythons):

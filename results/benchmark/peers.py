@@ -1,21 +1,24 @@
 """Train with other libraries for `benchmark.py`, each with the Python of its own virtual environment.
 
-    python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC,DQN,PPO} HIDDEN BUFFER SEEDS STEPS
-    python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC,DQN,PPO} HIDDEN BUFFER SEEDS STEPS --until RETURN
+    python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC,DQN,PPO} --steps STEPS
+    python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC,DQN,PPO} --steps STEPS --until RETURN --seed SEED
+    python results/benchmark/peers.py {sbx,sb3} {TD3,SAC} --steps STEPS --env playground/TASK --returns --seed SEED
 
 The first form prepares, prints a line of JSON, and then for each line that it reads trains for STEPS and prints the
-number of updates and the seconds. The second, where SEEDS is the seed, prints the environment steps and the seconds
-from its start until a greedy evaluation, one every thousand steps, reaches RETURN. TD3 and SAC on Pendulum-v1, DQN on
-CartPole-v1: batch 256, one environment, one update per environment step, learning rate 0.001, gamma 0.99. PPO on
-CartPole-v1 makes 4 passes of 4 minibatches over 128 steps of 4 environments; BUFFER means nothing to it.
+number of updates and the seconds. The second prints the environment steps and the seconds from its start until a greedy
+evaluation, one every thousand steps, reaches RETURN. The third prints the mean return of `EPISODES` greedy episodes
+after STEPS, and the seconds from its start until they begin.
+
+TD3 and SAC on Pendulum-v1, DQN on CartPole-v1: batch 256, one environment, one update per environment step, learning
+rate 0.001, gamma 0.99. PPO on CartPole-v1 makes 4 passes of 4 minibatches over 128 steps of 4 environments.
 """
 
 import time
 
 START = time.perf_counter()
 
-import importlib  # noqa: E402, the clock starts first
-import importlib.metadata  # noqa: E402
+import argparse  # noqa: E402, the clock starts first
+import importlib  # noqa: E402
 import json  # noqa: E402
 import resource  # noqa: E402
 import sys  # noqa: E402
@@ -26,29 +29,49 @@ EPISODES = 16  # per evaluation
 ENVS, STEPS, PASSES, MINIBATCHES = 4, 128, 4, 4  # of PPO
 
 
-def env_of(name):
-    """The environment that an algorithm is measured on."""
-    return "CartPole-v1" if name in ("DQN", "PPO") else "Pendulum-v1"
+def parse():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", choices=("rejax", "sbx", "sb3"))
+    parser.add_argument("name", choices=("TD3", "SAC", "DQN", "PPO"))
+    parser.add_argument("--steps", type=int, required=True, help="environment steps, of each turn in the first form")
+    parser.add_argument("--env", help="Pendulum-v1 or CartPole-v1 by default; or playground/TASK")
+    parser.add_argument("--hidden", type=int, default=64, help="width of both hidden layers")
+    parser.add_argument("--buffer", type=int, default=50_000, help="transitions in the replay buffer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="trained at once, by rejax")
+    parser.add_argument("--until", type=float, help="the return to reach")
+    parser.add_argument("--returns", action="store_true", help="train once, and evaluate")
+    parser.add_argument("--defaults", action="store_true", help="the library's hyperparameters")
+    case = parser.parse_args()
+    case.env = case.env or ("CartPole-v1" if case.name in ("DQN", "PPO") else "Pendulum-v1")
+    return case
 
 
-def num_updates(name, steps):
-    """The updates in a number of environment steps, PPO's counted by minibatch."""
-    return steps * PASSES * MINIBATCHES / (ENVS * STEPS) if name == "PPO" else steps
+def num_updates(case):
+    """The updates in a turn, PPO's counted by minibatch."""
+    per_step = PASSES * MINIBATCHES / (ENVS * STEPS) if case.name == "PPO" else 1
+    return case.steps * per_step * case.seeds
 
 
-def rejax_train(name, hidden, buffer, seeds, steps, eval_freq):
+def seconds():
+    """Since the start of the process."""
+    return time.perf_counter() - START
+
+
+def rejax_train(case, steps, eval_freq):
     """rejax's compiled training of all seeds, and its keys."""
     import flax.linen as nn
     import jax
     import rejax
 
-    if name == "PPO":
+    if case.name == "PPO":
         fields = {"num_envs": ENVS, "num_steps": STEPS, "num_epochs": PASSES, "num_minibatches": MINIBATCHES}
     else:
-        fields = {"num_envs": 1, "num_epochs": 1, "buffer_size": buffer, "fill_buffer": WARMUP, "batch_size": 256}
-        fields |= {"polyak": 0.995} | ({"target_update_freq": 1} if name == "DQN" else {})
-    algorithm = getattr(rejax, name).create(
-        env=env_of(name),
+        fields = {"num_envs": 1, "num_epochs": 1, "buffer_size": case.buffer, "fill_buffer": WARMUP, "batch_size": 256}
+        fields |= {"polyak": 0.995} | ({"target_update_freq": 1} if case.name == "DQN" else {})
+    algorithm = getattr(rejax, case.name).create(
+        env=case.env,
         total_timesteps=steps,
         eval_freq=eval_freq,
         learning_rate=1e-3,
@@ -56,39 +79,71 @@ def rejax_train(name, hidden, buffer, seeds, steps, eval_freq):
         skip_initial_evaluation=True,
         **fields,
     )
-    wide = {"hidden_layer_sizes": (hidden, hidden), "activation": nn.relu}
-    networks = ("agent",) if name == "DQN" else ("actor", "critic")
+    wide = {"hidden_layer_sizes": (case.hidden, case.hidden), "activation": nn.relu}
+    networks = ("agent",) if case.name == "DQN" else ("actor", "critic")
     algorithm = algorithm.replace(**{network: getattr(algorithm, network).clone(**wide) for network in networks})
-    keys = jax.random.split(jax.random.PRNGKey(0), seeds)
-    train = jax.jit(jax.vmap(algorithm.train)) if seeds > 1 else jax.jit(lambda k: algorithm.train(k[0]))
+    keys = jax.random.split(jax.random.PRNGKey(case.seed), case.seeds)
+    train = jax.jit(jax.vmap(algorithm.train)) if case.seeds > 1 else jax.jit(lambda k: algorithm.train(k[0]))
     return train.lower(keys).compile(), keys
 
 
-def rejax_turns(name, hidden, buffer, seeds, steps):
+def rejax_turns(case):
     """A turn trains from scratch; the steps that fill the buffer count towards its time, not its updates."""
     import jax
 
-    steps += WARMUP * (name != "PPO")
-    train, keys = rejax_train(name, hidden, buffer, seeds, steps, steps)
+    steps = case.steps + WARMUP * (case.name != "PPO")
+    train, keys = rejax_train(case, steps, steps)
     return lambda: jax.block_until_ready(train(keys))
 
 
-def rejax_until(name, hidden, buffer, seed, steps, goal):
+def rejax_until(case):
     """Its training cannot be stopped: the time until its end, without the share of the steps after the goal."""
     import jax
 
-    train, _ = rejax_train(name, hidden, buffer, 1, steps, EVERY)
-    compiled = time.perf_counter()
-    _, (_, returns) = jax.block_until_ready(train(jax.random.split(jax.random.PRNGKey(seed), 1)))
-    seconds = time.perf_counter() - compiled
-    reached = [i + 1 for i, r in enumerate(returns.mean(axis=-1).ravel().tolist()) if r >= goal]
+    train, keys = rejax_train(case, case.steps, EVERY)
+    compiled = seconds()
+    _, (_, returns) = jax.block_until_ready(train(keys))
+    trained = seconds() - compiled
+    reached = [i + 1 for i, r in enumerate(returns.mean(axis=-1).ravel().tolist()) if r >= case.until]
     if not reached:
         return None
-    return {"steps": reached[0] * EVERY, "seconds": compiled - START + seconds * reached[0] * EVERY / steps}
+    return {"steps": reached[0] * EVERY, "seconds": compiled + trained * reached[0] * EVERY / case.steps}
 
 
-def torch_model(library, name, hidden, buffer, seed=0):
-    """A model of Stable-Baselines3 or SBX, and its environment's module."""
+def make_env(name):
+    """Gymnasium's environment, or a task of MuJoCo Playground that steps on the CPU, one at a time."""
+    import gymnasium
+
+    if not name.startswith("playground/"):
+        return gymnasium.make(name)
+    import jax
+    import numpy as np
+    from mujoco_playground import dm_control_suite
+
+    class Task(gymnasium.Env):
+        """Its state and a random key are all that it remembers."""
+
+        def __init__(self):
+            task = dm_control_suite.load(name.removeprefix("playground/"), config_overrides={"impl": "jax"})
+            self.start, self.advance = jax.jit(task.reset), jax.jit(task.step)
+            low, high = task.mj_model.actuator_ctrlrange.T.astype(np.float32)
+            self.action_space = gymnasium.spaces.Box(low, high)
+            self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.observation_size,))
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.state = self.start(jax.random.PRNGKey(self.np_random.integers(2**31)))
+            return np.asarray(self.state.obs), {}
+
+        def step(self, action):
+            self.state = self.advance(self.state, action)
+            return np.asarray(self.state.obs), float(self.state.reward), bool(self.state.done), False, {}
+
+    return gymnasium.wrappers.TimeLimit(Task(), 1000)
+
+
+def model_of(case):
+    """A model of Stable-Baselines3 or SBX, and its environment."""
     import numpy as np
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.noise import NormalActionNoise
@@ -96,71 +151,81 @@ def torch_model(library, name, hidden, buffer, seed=0):
     module, layers, relu = {
         "sbx": ("sbx", "flax.linen", "relu"),
         "sb3": ("stable_baselines3", "torch.nn", "ReLU"),
-    }[library]
+    }[case.library]
+    env = make_vec_env(lambda: make_env(case.env), ENVS if case.name == "PPO" else 1)
+    make = getattr(importlib.import_module(module), case.name)
+    if case.defaults:
+        return make("MlpPolicy", env, seed=case.seed)
     activation = getattr(importlib.import_module(layers), relu)
-    if name == "PPO":
+    if case.name == "PPO":
         fields = {"n_steps": STEPS, "batch_size": ENVS * STEPS // MINIBATCHES, "n_epochs": PASSES}
     else:
-        fields = {"learning_starts": WARMUP, "batch_size": 256, "buffer_size": buffer, "tau": 0.005}
+        fields = {"learning_starts": WARMUP, "batch_size": 256, "buffer_size": case.buffer, "tau": 0.005}
         fields |= {"train_freq": 1, "gradient_steps": 1}
-    if name == "TD3":
-        fields |= {"action_noise": NormalActionNoise(np.zeros(1), 0.1 * np.ones(1))}
-    if name == "DQN":
+    if case.name == "TD3":
+        fields |= {"action_noise": NormalActionNoise(*np.multiply.outer([0, 0.1], np.ones(env.action_space.shape)))}
+    if case.name == "DQN":
         fields |= {"target_update_interval": 1}
-    return getattr(importlib.import_module(module), name)(
+    return make(
         "MlpPolicy",
-        make_vec_env(env_of(name), ENVS if name == "PPO" else 1),
-        seed=seed,
-        policy_kwargs={"net_arch": [hidden, hidden], "activation_fn": activation},
+        env,
+        seed=case.seed,
+        policy_kwargs={"net_arch": [case.hidden, case.hidden], "activation_fn": activation},
         gamma=0.99,
         learning_rate=1e-3,
         **fields,
     )
 
 
-def torch_turns(library, name, hidden, buffer, seeds, steps):
-    """A turn continues where the previous one ended."""
-    model = torch_model(library, name, hidden, buffer)
-    model.learn(WARMUP + 100)
-    return lambda: model.learn(steps, reset_num_timesteps=False)
-
-
-def torch_until(library, name, hidden, buffer, seed, steps, goal):
-    """Evaluates after every thousand steps."""
-    import gymnasium
+def evaluate(case, model):
+    """The mean return of greedy episodes."""
     from stable_baselines3.common.evaluation import evaluate_policy
 
-    model = torch_model(library, name, hidden, buffer, seed)
-    for done in range(EVERY, steps + 1, EVERY):
+    return evaluate_policy(model, make_env(case.env), EPISODES, warn=False)[0]
+
+
+def model_turns(case):
+    """A turn continues where the previous one ended."""
+    model = model_of(case)
+    model.learn(WARMUP + 100)
+    return lambda: model.learn(case.steps, reset_num_timesteps=False)
+
+
+def model_until(case):
+    """Evaluates after every thousand steps."""
+    model = model_of(case)
+    for done in range(EVERY, case.steps + 1, EVERY):
         model.learn(EVERY, reset_num_timesteps=False)
-        mean, _ = evaluate_policy(model, gymnasium.make(env_of(name)), EPISODES, warn=False)
-        if mean >= goal:
-            return {"steps": done, "seconds": time.perf_counter() - START}
+        if evaluate(case, model) >= case.until:
+            return {"steps": done, "seconds": seconds()}
     return None
 
 
+def model_returns(case):
+    """Evaluates once."""
+    model = model_of(case)
+    model.learn(case.steps)
+    return {"seconds": seconds(), "return": float(evaluate(case, model))}
+
+
 def main():
-    """Command line."""
-    library, name = sys.argv[1:3]
-    hidden, buffer, seeds, steps = map(int, sys.argv[3:7])
-    if sys.argv[7:]:
-        goal = float(sys.argv[8])
-        reached = (
-            rejax_until(name, hidden, buffer, seeds, steps, goal)
-            if library == "rejax"
-            else torch_until(library, name, hidden, buffer, seeds, steps, goal)
-        )
-        print(json.dumps(reached))
+    """Train, and print."""
+    case = parse()
+    rejax = case.library == "rejax"
+    if case.until is not None:
+        print(json.dumps(rejax_until(case) if rejax else model_until(case)))
         return
-    make = rejax_turns if library == "rejax" else lambda *sizes: torch_turns(library, *sizes)
-    turn = make(name, hidden, buffer, seeds, steps)
-    print(json.dumps({"ready": time.perf_counter() - START}), flush=True)
+    if case.returns:
+        print(json.dumps(model_returns(case)))
+        return
+    turn = rejax_turns(case) if rejax else model_turns(case)
+    print(json.dumps({"ready": seconds()}), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         turn()
-        seconds = time.perf_counter() - start
+        took = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"updates": num_updates(name, steps) * seeds, "seconds": seconds, "peak": peak}), flush=True)
+        print(json.dumps({"updates": num_updates(case), "seconds": took, "peak": peak}), flush=True)
 
 
 main()
