@@ -52,12 +52,16 @@ class Playground(physics.Physics):
 @functools.cache
 def make(task, action_repeat=1):
     """The task as a gymnax environment, the same object each time, so that it is traced once."""
-    package, mjx = physics.load("playground", "mujoco_playground", "mujoco.mjx")
+    package, mjx, mujoco = physics.load("playground", "mujoco_playground", "mujoco.mjx", "mujoco")
+    handle_warnings = getattr(mujoco, "set_mju_user_warning", lambda handler: None)  # MuJoCo 3 has none
+    handle_warnings(lambda text: None)  # of deprecated words in a task's model; else they go to a file, too
     with jax.ensure_compile_time_eval():
         try:  # the default engine, Warp, is for NVIDIA's GPUs only
             loaded = package.dm_control_suite.load(task, config_overrides={"impl": "jax"})
         except AttributeError as error:  # so do the Reacher tasks with mujoco 3.17
             raise ImportError(f"{error}; {physics.reinstall('playground')}") from error
+        finally:
+            handle_warnings(None)
         blank = jax.device_get(mjx.make_data(loaded.mj_model, impl="jax"))
     model = loaded.mj_model
     low, high = np.where(model.actuator_ctrllimited, model.actuator_ctrlrange.T, [[-1.0], [1.0]])

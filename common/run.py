@@ -187,7 +187,7 @@ def train_round(training, position, interrupted, show, log):
     if reached != position:
         save(training, reached, batch, states, rows, best, log)
     longest = max(rows.values(), key=len, default=[])
-    if reached.epochs == training.num_epochs and not position.epochs:
+    if reached.epochs == training.num_epochs and position.first == position.epochs == 0:  # once for all rounds
         evaluation.report(training, batch, states, longest, time.monotonic() - began)
     return reached.epochs, longest[-1] if longest else None
 

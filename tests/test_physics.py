@@ -242,9 +242,12 @@ def test_playground_steps_as_its_own_task():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", playground.ENVS)
-def test_all_tasks_of_playground(name):
+def test_all_tasks_of_playground(name, monkeypatch, tmp_path):
+    """They leave no file, as MuJoCo does where it warns."""
     pytest.importorskip("mujoco_playground")
+    monkeypatch.chdir(tmp_path)
     check_task(name)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ NUM_EXACT = 32  # of them, where the maximum is proved after training
 ALGORITHMS = ("ddpg", "td3", "sac")
 SMALL = "Pendulum-v1"  # the task with small networks of ReLU, whose maximum integer programming proves
 TASKS = ("CartpoleSwingup", "FingerSpin", "CheetahRun")
+LENGTH = "--total-steps 50000 --learning-starts 4000 --steps-per-epoch 11500"
 
 
 def sample_obs(module, config, state):
@@ -181,7 +182,7 @@ def shares(rows, label):
 
 
 CELLS = {f"{name} on {SMALL}": Run(name, SMALL, "--activation relu", control_suite.SEEDS) for name in ALGORITHMS}
-CELLS |= control_suite.cells(*((name, task) for task in TASKS for name in ALGORITHMS))
+CELLS |= control_suite.cells(*((name, task) for task in TASKS for name in ALGORITHMS), length=LENGTH)
 EXPERIMENTS = {
     "amortization_gap": Experiment(
         title="A policy network loses nothing that a solver could win back while it acts",
