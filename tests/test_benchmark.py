@@ -1,6 +1,8 @@
-"""The benchmark's group `gpu`, at small sizes on a CPU."""
+"""The benchmark's group `gpu`, at small sizes on a CPU, and what it asks of peers."""
 
 import re
+import subprocess
+import sys
 
 from benchmark import benchmark
 
@@ -29,3 +31,25 @@ def test_commands_of_the_gpu_run(monkeypatch):
     assert one["value"] > 0 < two["value"]
     assert re.fullmatch(r"a device, precision of products: highest; \d+% of the time in updates", one["beside"])
     assert two["beside"] == "a device, precision of products: highest"
+
+
+def test_workers_know_the_environments_of_the_physics_engines():
+    """In a process that has imported nothing else."""
+    text = "import benchmark, gymnax; benchmark.load('td3'); print(*gymnax.registered_envs)"
+    names = subprocess.check_output([sys.executable, "-c", text], cwd=benchmark.FOLDER, text=True).split()
+    assert {"playground/CheetahRun", "brax/hopper"} <= {*names}
+
+
+def test_evaluations_of_a_command_have_times_and_returns():
+    """The end of the generator ends the command."""
+    flags = "--total-steps 200 --learning-starts 100 --steps-per-epoch 50 --hidden-sizes 8 --num-eval-episodes 2"
+    (early, first), (late, second) = benchmark.evaluations("td3", 0, *flags.split())
+    assert 0 < early <= late
+    assert -2000 < min(first, second) <= max(first, second) < 0
+    assert benchmark.seconds_until(-3000, [(early, first)]) == early
+    assert benchmark.seconds_until(0, [(early, first)]) == float("inf")
+
+
+def test_command_of_a_peer():
+    command = benchmark.peer_command({"sbx": "python"}, "sbx", "sac", 500, hidden=256, returns=True)
+    assert [str(word) for word in command[2:]] == ["sbx", "SAC", "--steps", "500", "--hidden", "256", "--returns"]
