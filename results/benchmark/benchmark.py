@@ -5,10 +5,10 @@
     python results/benchmark/benchmark.py --only WORD ...  only these groups; the other rows of `benchmark.json` remain
     python results/benchmark/benchmark.py --redraw         only the tables, from `benchmark.json`; measures nothing
 
-Groups: peers, steps, goal, floor, skeleton, buffer, seeds, hosts, memory, compile, command, physics, gpu. Measurements
-that are compared are interleaved, one turn of each after the other; the numbers are medians of `--turns` turns after a
-warm-up turn. Close other programs. The groups `physics` and `gpu` need the extras of the physics engines; without a GPU
-the rows of `gpu` have no numbers.
+Groups: peers, steps, goal, returns, floor, skeleton, buffer, seeds, hosts, memory, compile, command, physics, gpu.
+Measurements that are compared are interleaved, one turn of each after the other; the numbers are medians of `--turns`
+turns after a warm-up turn. Close other programs. The groups `physics` and `gpu` need the extras of the physics engines;
+without a GPU the rows of `gpu` have no numbers.
 """
 
 import argparse
@@ -446,6 +446,20 @@ def cache_in(folder):
     return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 
+def measure_returns(turns, pythons):
+    """Interquartile means of returns after equal steps, where a peer's published one is of a single seed."""
+    from scipy.stats import trim_mean
+
+    if "sb3" not in pythons:
+        return
+    ours = trim_mean([[*evaluations("dqn", seed)][-1][1] for seed in range(8)], 0.25)
+    command = functools.partial(peer_command, pythons, "sb3", "dqn", 50_000, returns=True, settings="zoo")
+    theirs = [answer(command(seed=seed))["return"] for seed in range(8)]
+    text = f"Stable-Baselines3 with rl-zoo's settings {trim_mean(theirs, 0.25):.0f}, worst seed {min(theirs):.0f}"
+    row = {"algorithm": "dqn", "what": "CartPole-v1, return after 50,000 steps, 8 seeds", "measured": f"{ours:.0f}"}
+    yield row | {"beside": text, "value": ours, "ratio": None}
+
+
 def measure_floor(turns, pythons):
     """Whole epochs compared with only their updates, on one fixed batch."""
     for name in ALGORITHMS:
@@ -583,7 +597,7 @@ def measure_physics(turns, pythons):
         reached = statistics.mean(evaluated[-1][1] for evaluated in ours)
         row = {"algorithm": name, "what": f"{TASK}, return after {TASK_STEPS:,} steps", "value": reached}
         for peer in libraries:
-            for label, options in (("same hyperparameters", {"hidden": 256}), ("its defaults", {"defaults": True})):
+            for label, options in (("same settings", {"hidden": 256}), ("its defaults", {"settings": "defaults"})):
                 command = functools.partial(peer_command, pythons, peer, name, TASK_STEPS, env=TASK, returns=True)
                 theirs = [answer(command(seed=seed, **options)) for seed in range(SEEDS)]
                 mean, took = (statistics.mean(x[part] for x in theirs) for part in ("return", "seconds"))

@@ -2,7 +2,7 @@
 
     python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC,DQN,PPO} --steps STEPS
     python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC,DQN,PPO} --steps STEPS --until RETURN --seed SEED
-    python results/benchmark/peers.py {sbx,sb3} {TD3,SAC} --steps STEPS --env playground/TASK --returns --seed SEED
+    python results/benchmark/peers.py {sbx,sb3} {TD3,SAC,DQN} --steps STEPS --returns --settings SETTINGS --seed SEED
 
 The first form prepares, prints a line of JSON, and then for each line that it reads trains for STEPS and prints the
 number of updates and the seconds. The second prints the environment steps and the seconds from its start until a greedy
@@ -27,6 +27,21 @@ WARMUP = 1000  # steps without updates
 EVERY = 1000  # steps between evaluations
 EPISODES = 16  # per evaluation
 ENVS, STEPS, PASSES, MINIBATCHES = 4, 128, 4, 4  # of PPO
+ZOO = {  # rl-zoo's hyperparameters for CartPole-v1
+    "DQN": {
+        "learning_rate": 2.3e-3,
+        "batch_size": 64,
+        "buffer_size": 100_000,
+        "learning_starts": 1000,
+        "gamma": 0.99,
+        "target_update_interval": 10,
+        "train_freq": 256,
+        "gradient_steps": 128,
+        "exploration_fraction": 0.16,
+        "exploration_final_eps": 0.04,
+        "policy_kwargs": {"net_arch": [256, 256]},
+    }
+}
 
 
 def parse():
@@ -42,7 +57,7 @@ def parse():
     parser.add_argument("--seeds", type=int, default=1, help="trained at once, by rejax")
     parser.add_argument("--until", type=float, help="the return to reach")
     parser.add_argument("--returns", action="store_true", help="train once, and evaluate")
-    parser.add_argument("--defaults", action="store_true", help="the library's hyperparameters")
+    parser.add_argument("--settings", choices=("ours", "defaults", "zoo"), default="ours", help="its own, or rl-zoo's")
     case = parser.parse_args()
     case.env = case.env or ("CartPole-v1" if case.name in ("DQN", "PPO") else "Pendulum-v1")
     return case
@@ -154,8 +169,8 @@ def model_of(case):
     }[case.library]
     env = make_vec_env(lambda: make_env(case.env), ENVS if case.name == "PPO" else 1)
     make = getattr(importlib.import_module(module), case.name)
-    if case.defaults:
-        return make("MlpPolicy", env, seed=case.seed)
+    if case.settings != "ours":
+        return make("MlpPolicy", env, seed=case.seed, **(ZOO[case.name] if case.settings == "zoo" else {}))
     activation = getattr(importlib.import_module(layers), relu)
     if case.name == "PPO":
         fields = {"n_steps": STEPS, "batch_size": ENVS * STEPS // MINIBATCHES, "n_epochs": PASSES}
