@@ -16,6 +16,7 @@ import importlib.util
 import re
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -121,7 +122,9 @@ def reproduce(name, out, quick):
         rows += [{"label": label} | row for row in study.read(path)]
     record.write_rows(out / "data" / f"{name}.csv", rows)
     command = f"python results/reproduce.py {name}" + " --quick" * quick
-    write(name, out, f"`{command}`, {datetime.date.today()}, on {machine()}")
+    engine = record.ENGINES["playground"] if needs_playground(name, quick) else ()
+    versions = [machine(), *(f"{package} {metadata.version(package)}" for package in engine)]
+    write(name, out, f"`{command}`, {datetime.date.today()}, on {', '.join(versions)}")
 
 
 def redraw(name, out):

@@ -5,10 +5,10 @@
     python results/benchmark/benchmark.py --only WORD ...  only these groups; the other rows of `benchmark.json` remain
     python results/benchmark/benchmark.py --redraw         only the tables, from `benchmark.json`; measures nothing
 
-Groups: peers, steps, goal, returns, floor, skeleton, buffer, seeds, hosts, memory, compile, command, physics, gpu.
-Measurements that are compared are interleaved, one turn of each after the other; the numbers are medians of `--turns`
-turns after a warm-up turn. Close other programs. The groups `physics` and `gpu` need the extras of the physics engines;
-without a GPU the rows of `gpu` have no numbers.
+Groups: peers, steps, goal, returns, floor, skeleton, buffer, seeds, hosts, memory, compile, command, physics,
+physics_returns, gpu. Measurements that are compared are interleaved, one turn of each after the other; the numbers are
+medians of `--turns` turns after a warm-up turn. Close other programs. The last three need the extras of the physics
+engines; without a GPU the rows of `gpu` have no numbers.
 """
 
 import argparse
@@ -579,10 +579,11 @@ def command_seconds(cache, folder):
 
 
 def measure_physics(turns, pythons):
-    """A task of the Control Suite, beside peers that call its compiled step: rates, and returns after equal steps."""
+    """Rates on a task of the Control Suite, beside peers that call its compiled step."""
     libraries = [peer for peer in ("sbx", "sb3") if peer in pythons]
     for name in ("sac", "td3") if libraries else ():
-        fields = {"env": TASK, "hidden_sizes": [256, 256], "tau": 0.005, "steps_per_epoch": 1000}
+        fields = {"env": TASK, "hidden_sizes": [256, 256], "tau": 0.005}
+        fields |= {"steps_per_epoch": 2000, "num_eval_episodes": 1}  # an episode has 1,000 steps
         commands = [command_of("steps", name, fields | {"num_envs": n}) for n in (8, 1)]
         for peer in libraries:
             commands.append(peer_command(pythons, peer, name, 500, env=TASK, hidden=256))
@@ -590,6 +591,11 @@ def measure_physics(turns, pythons):
         for peer, (rate, _) in zip(libraries, theirs, strict=True):
             text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f} ({one_env / rate:.1f} x with num_envs 1)"
             yield updates_row(name, f"{TASK}, 256 x 256", ours, text, ours / rate)
+
+
+def measure_physics_returns(turns, pythons):
+    """Returns after equal steps on the same task, and the seconds until then."""
+    libraries = [peer for peer in ("sbx", "sb3") if peer in pythons]
     for name in ("sac", "td3") if libraries else ():
         flags = f"--env {TASK} --hidden-sizes 256 256 --tau 0.005 --num-eval-episodes {EPISODES}"
         flags += f" --total-steps {TASK_STEPS} --steps-per-epoch 5000"

@@ -88,7 +88,8 @@ def curves(title, pairs, after_100k=AFTER_100K, seeds=SEEDS, length=LENGTH):
         ),
         notes="All tasks have the same flags: two layers of 256 units, `--tau 0.005`, 8 environments, an update per "
         "step. A dashed line is the published return. The physics differ: ours is MJX in MuJoCo Playground, without "
-        "action repeat; theirs is MuJoCo in dm_control, with actions repeated two to eight times.",
+        "action repeat; theirs is MuJoCo in dm_control, with actions repeated two to eight times. An episode of "
+        "ReacherEasy or BallInCup earns nearly everything or nothing, so that a mean of eight is coarse.",
         table=functools.partial(table, after_100k),
         draw=functools.partial(draw_over_training, mark=functools.partial(mark_published, after_100k)),
         quick=lambda cells: training.smaller(cells, next(iter(cells))),
