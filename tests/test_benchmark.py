@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from benchmark import benchmark
 
 
@@ -40,6 +41,7 @@ def test_workers_know_the_environments_of_the_physics_engines():
     assert {"playground/CheetahRun", "brax/hopper"} <= {*names}
 
 
+@pytest.mark.slow
 def test_evaluations_of_a_command_have_times_and_returns():
     """The end of the generator ends the command."""
     flags = "--total-steps 200 --learning-starts 100 --steps-per-epoch 50 --hidden-sizes 8 --num-eval-episodes 2"
