@@ -53,15 +53,14 @@ class Playground(physics.Physics):
 def make(task, action_repeat=1):
     """The task as a gymnax environment, the same object each time, so that it is traced once."""
     package, mjx, mujoco = physics.load("playground", "mujoco_playground", "mujoco.mjx", "mujoco")
-    handle_warnings = getattr(mujoco, "set_mju_user_warning", lambda handler: None)  # MuJoCo 3 has none
-    handle_warnings(lambda text: None)  # of deprecated words in a task's model; else they go to a file, too
+    mujoco.set_mju_user_warning(lambda text: None)  # of deprecated words in a task's model; else it writes a file
     with jax.ensure_compile_time_eval():
         try:  # the default engine, Warp, is for NVIDIA's GPUs only
             loaded = package.dm_control_suite.load(task, config_overrides={"impl": "jax"})
         except AttributeError as error:  # so do the Reacher tasks with mujoco 3.17
             raise ImportError(f"{error}; {physics.reinstall('playground')}") from error
         finally:
-            handle_warnings(None)
+            mujoco.set_mju_user_warning(None)
         blank = jax.device_get(mjx.make_data(loaded.mj_model, impl="jax"))
     model = loaded.mj_model
     low, high = np.where(model.actuator_ctrllimited, model.actuator_ctrlrange.T, [[-1.0], [1.0]])

@@ -16,7 +16,6 @@ import importlib.util
 import re
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -123,8 +122,7 @@ def reproduce(name, out, quick):
     record.write_rows(out / "data" / f"{name}.csv", rows)
     command = f"python results/reproduce.py {name}" + " --quick" * quick
     engine = record.ENGINES["playground"] if needs_playground(name, quick) else ()
-    versions = [machine(), *(f"{package} {metadata.version(package)}" for package in engine)]
-    write(name, out, f"`{command}`, {datetime.date.today()}, on {', '.join(versions)}")
+    write(name, out, f"`{command}`, {datetime.date.today()}, on {machine(*engine)}")
 
 
 def redraw(name, out):

@@ -49,7 +49,7 @@ RATES = {  # cases of the files whose updates are not one for each environment s
 TASK = "playground/CheetahRun"
 HOPPER = {"env": "brax/hopper", "num_envs": 128, "hidden_sizes": [256, 256], "steps_per_epoch": 12_800}
 CHEETAH = {"env": TASK, "num_envs": 1024, "hidden_sizes": [256, 256], "steps_per_epoch": 102_400}
-TASK_STEPS, SEEDS, EPISODES = 50_000, 2, 16  # beside peers
+TASK_PEERS, TASK_STEPS, SEEDS, EPISODES = ("sbx", "sb3"), 50_000, 2, 16
 GPU = (  # case, algorithms, fields, numbers of seeds
     ("brax/hopper, 128 environments", ("td3", "sac"), HOPPER, (1, 200, 300)),
     ("Pendulum-v1", ("td3",), {"steps_per_epoch": 1000}, (1, 16, 256, 1024, 4096)),
@@ -448,14 +448,14 @@ def cache_in(folder):
 
 def measure_returns(turns, pythons):
     """Interquartile means of returns after equal steps, where a peer's published one is of a single seed."""
-    from scipy.stats import trim_mean
+    from amortax.common import plot
 
-    if "sb3" not in pythons:
+    if not pythons:
         return
-    ours = trim_mean([[*evaluations("dqn", seed)][-1][1] for seed in range(8)], 0.25)
+    ours = plot.iqm([[*evaluations("dqn", seed)][-1][1] for seed in range(8)])
     command = functools.partial(peer_command, pythons, "sb3", "dqn", 50_000, returns=True, settings="zoo")
     theirs = [answer(command(seed=seed))["return"] for seed in range(8)]
-    text = f"Stable-Baselines3 with rl-zoo's settings {trim_mean(theirs, 0.25):.0f}, worst seed {min(theirs):.0f}"
+    text = f"Stable-Baselines3 with rl-zoo's settings {plot.iqm(theirs):.0f}, worst seed {min(theirs):.0f}"
     row = {"algorithm": "dqn", "what": "CartPole-v1, return after 50,000 steps, 8 seeds", "measured": f"{ours:.0f}"}
     yield row | {"beside": text, "value": ours, "ratio": None}
 
@@ -580,29 +580,26 @@ def command_seconds(cache, folder):
 
 def measure_physics(turns, pythons):
     """Rates on a task of the Control Suite, beside peers that call its compiled step."""
-    libraries = [peer for peer in ("sbx", "sb3") if peer in pythons]
-    for name in ("sac", "td3") if libraries else ():
+    for name in ("sac", "td3") if pythons else ():
         fields = {"env": TASK, "hidden_sizes": [256, 256], "tau": 0.005}
         fields |= {"steps_per_epoch": 2000, "num_eval_episodes": 1}  # an episode has 1,000 steps
         commands = [command_of("steps", name, fields | {"num_envs": n}) for n in (8, 1)]
-        for peer in libraries:
-            commands.append(peer_command(pythons, peer, name, 500, env=TASK, hidden=256))
+        commands += [peer_command(pythons, peer, name, 500, env=TASK, hidden=256) for peer in TASK_PEERS]
         (ours, _), (one_env, _), *theirs = take_turns(turns, *commands)
-        for peer, (rate, _) in zip(libraries, theirs, strict=True):
+        for peer, (rate, _) in zip(TASK_PEERS, theirs, strict=True):
             text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f} ({one_env / rate:.1f} x with num_envs 1)"
             yield updates_row(name, f"{TASK}, 256 x 256", ours, text, ours / rate)
 
 
 def measure_physics_returns(turns, pythons):
     """Returns after equal steps on the same task, and the seconds until then."""
-    libraries = [peer for peer in ("sbx", "sb3") if peer in pythons]
-    for name in ("sac", "td3") if libraries else ():
+    for name in ("sac", "td3") if pythons else ():
         flags = f"--env {TASK} --hidden-sizes 256 256 --tau 0.005 --num-eval-episodes {EPISODES}"
-        flags += f" --total-steps {TASK_STEPS} --steps-per-epoch 5000"
+        flags += f" --total-steps {TASK_STEPS} --steps-per-epoch 5000 --activation relu"  # which is the peers'
         ours = [[*evaluations(name, seed, *flags.split())] for seed in range(SEEDS)]
         reached = statistics.mean(evaluated[-1][1] for evaluated in ours)
         row = {"algorithm": name, "what": f"{TASK}, return after {TASK_STEPS:,} steps", "value": reached}
-        for peer in libraries:
+        for peer in TASK_PEERS:
             for label, options in (("same settings", {"hidden": 256}), ("its defaults", {"settings": "defaults"})):
                 command = functools.partial(peer_command, pythons, peer, name, TASK_STEPS, env=TASK, returns=True)
                 theirs = [answer(command(seed=seed, **options)) for seed in range(SEEDS)]
@@ -637,13 +634,14 @@ GROUPS = {name.removeprefix("measure_"): f for name, f in list(globals().items()
 # The table
 
 
-def machine():
+def machine(*more_packages):
     """CPU and versions, as text."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "optax", "gymnax", "numpy"))
+    packages = ("jax", "optax", "gymnax", "numpy", *more_packages)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {versions}"
 
 

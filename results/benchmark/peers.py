@@ -178,7 +178,8 @@ def model_of(case):
         fields = {"learning_starts": WARMUP, "batch_size": 256, "buffer_size": case.buffer, "tau": 0.005}
         fields |= {"train_freq": 1, "gradient_steps": 1}
     if case.name == "TD3":
-        fields |= {"action_noise": NormalActionNoise(*np.multiply.outer([0, 0.1], np.ones(env.action_space.shape)))}
+        shape = env.action_space.shape
+        fields |= {"action_noise": NormalActionNoise(np.zeros(shape), np.full(shape, 0.1))}
     if case.name == "DQN":
         fields |= {"target_update_interval": 1}
     return make(
