@@ -551,6 +551,15 @@ def test_verdict_on_the_control_suite(after_100k, verdict):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(("after_2m", "verdict"), [(440, "Holds."), (400, "Does not hold.")])
+def test_verdict_on_ppo_and_the_control_suite(after_2m, verdict):
+    """433 are published after 8,000,000 steps."""
+    rows = rows_of({"ppo on CheetahRun": after_2m})
+    assert verdict_on("ppo_physics", rows) == verdict
+    assert "433 after 8,000,000 steps" in study.report(reproduce.EXPERIMENTS["ppo_physics"], rows)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(("silu", "verdict"), [(400, "Holds."), (300, "Does not hold.")])
 def test_verdict_on_smooth_networks_in_physics(silu, verdict):
     rows = rows_of({"td3, silu on CheetahRun": silu, "td3, relu on CheetahRun": 400})

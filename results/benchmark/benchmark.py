@@ -5,10 +5,10 @@
     python results/benchmark/benchmark.py --only WORD ...  only these groups; the other rows of `benchmark.json` remain
     python results/benchmark/benchmark.py --redraw         only the tables, from `benchmark.json`; measures nothing
 
-Groups: peers, steps, goal, returns, floor, skeleton, buffer, seeds, hosts, memory, compile, command, physics,
-physics_returns, gpu. Measurements that are compared are interleaved, one turn of each after the other; the numbers are
-medians of `--turns` turns after a warm-up turn. Close other programs. The last three need the extras of the physics
-engines; without a GPU the rows of `gpu` have no numbers.
+Groups: peers, on_policy, steps, goal, returns, floor, skeleton, buffer, seeds, hosts, memory, compile, command,
+physics, physics_returns, gpu. Measurements that are compared are interleaved, one turn of each after the other; the
+numbers are medians of `--turns` turns after a warm-up turn. Close other programs. The last three need the extras of the
+physics engines; without a GPU the rows of `gpu` have no numbers.
 """
 
 import argparse
@@ -32,18 +32,13 @@ RESULTS = FOLDER.parent
 ROOT = RESULTS.parent
 ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "dqn", "svg_model")  # those with a replay buffer
 EVERY_ALGORITHM = ("fqi", "fqi_amortized", "nfqca", "soft_fqi", *ALGORITHMS, "reinforce", "ppo", "svg", "shac")
-ON_POLICY = {"num_envs": 4, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4}  # of ppo, also in `peers.py`
-DISCRETE = {  # fields of what is compared on CartPole-v1
-    "dqn": {"num_steps": 1, "utd_ratio": 1.0, "batch_size": 256},
-    "ppo": ON_POLICY | {"steps_per_epoch": 10_240},
-}
+DISCRETE = {"dqn": {"num_steps": 1, "utd_ratio": 1.0, "batch_size": 256}}  # fields of what is compared on CartPole-v1
+ON_POLICY = (  # environment, number of environments, minibatches, steps per turn of ppo and its peers
+    ("CartPole-v1", 4, 4, {"ppo": 51_200, "purejaxrl": 51_200, "rejax": 51_200, "sbx": 5120, "sb3": 2560}),
+    ("Breakout-MinAtar", 64, 8, {"ppo": 163_840, "purejaxrl": 163_840}),
+)
 RATES = {  # cases of the files whose updates are not one for each environment step
     "dqn, CartPole-v1": ("dqn", {"steps_per_epoch": 4_000}),
-    "ppo, CartPole-v1, 4 environments, 128 steps": ("ppo", DISCRETE["ppo"]),
-    "ppo, Breakout-MinAtar, 64 environments, 128 steps": (
-        "ppo",
-        ON_POLICY | {"env": "Breakout-MinAtar", "num_envs": 64, "num_minibatches": 8, "steps_per_epoch": 16_384},
-    ),
     "shac, Pendulum-v1": ("shac", {"steps_per_epoch": 20_480}),
 }
 TASK = "playground/CheetahRun"
@@ -56,13 +51,20 @@ GPU = (  # case, algorithms, fields, numbers of seeds
     ("CheetahRun, 1,024 environments, 1 update per 16 steps", ("td3", "sac"), CHEETAH | {"utd_ratio": 1 / 16}, (1,)),
 )
 GYMNASIUM = ("gymnasium[classic-control]==1.4.0", "playground==0.2.0", "mujoco==4.0.0", "mujoco-mjx==3.17.0")
+SHARED = ("distrax==0.1.8", "flax==0.12.8", "optax==0.2.8", "tensorboard", "torch", "tyro")
 PEERS = {  # requirements for pip
     "rejax": ("rejax==0.1.3", "gymnax==0.0.9"),
     "sbx": ("sbx-rl==0.28.0", *GYMNASIUM),
     "sb3": ("stable-baselines3==2.9.2", *GYMNASIUM),
+    "purejaxrl": ("gymnax==0.0.9", *SHARED[:3]),
+    "cleanrl": (GYMNASIUM[0], *SHARED[1:]),
 }
-NAMES = {"rejax": "rejax", "sbx": "SBX", "sb3": "Stable-Baselines3"}
-ABSENT = "CleanRL's JAX DQN, TD3 and DDPG, PureJaxRL and Stoix are not available as packages: not measured."
+SOURCES = {  # of those that are no packages: repository and commit
+    "purejaxrl": ("https://github.com/luchris429/purejaxrl", "31756b197773a52db763fdbe6d635e4b46522a73"),
+    "cleanrl": ("https://github.com/vwxyzjn/cleanrl", "fe8d8a03c41a7ef5b523e2e354bd01c363e786bb"),
+}
+NAMES = {"rejax": "rejax", "sbx": "SBX", "sb3": "Stable-Baselines3", "purejaxrl": "PureJaxRL", "cleanrl": "CleanRL"}
+COLUMNS = ("rejax", "sbx", "sb3")  # of the table in the README: those with TD3 and SAC
 SINGLE_CORE = ("taskset", "--cpu-list", "0")
 GOAL = -200
 QUOTED = (  # the cases of the table in the README
@@ -337,13 +339,17 @@ def read_json(process):
 
 
 def install(folder):
-    """`{peer: Python}` of virtual environments in `folder`, created if they do not exist."""
+    """`{peer: Python}` of virtual environments in `folder`, created if they do not exist, each with its sources."""
     pythons = {}
     for peer, packages in PEERS.items():
         environment = Path(folder).resolve() / peer
         if not environment.exists():
             subprocess.run([sys.executable, "-m", "venv", environment], check=True)
             subprocess.run([environment / "bin" / "pip", "install", "--quiet", *packages], check=True)
+            if peer in SOURCES:
+                (repository, commit), source = SOURCES[peer], environment / "source"
+                subprocess.run(["git", "clone", "--quiet", repository, source], check=True)
+                subprocess.run(["git", "checkout", "--quiet", commit], cwd=source, check=True)
         pythons[peer] = environment / "bin" / "python"
     return pythons
 
@@ -372,17 +378,13 @@ def measure_peers(turns, pythons):
         ("td3", 64, 1_000_000, 1, {"rejax": 1000}),
         ("td3", 64, 50_000, 8, {"rejax": 2000}),
         ("sac", 64, 50_000, 8, {"rejax": 2000}),
-        ("dqn", 64, 50_000, 1, {"rejax": 4000, "sbx": 2000, "sb3": 1000}),
-        ("ppo", 64, 0, 1, {"rejax": 51_200, "sbx": 5120, "sb3": 2560}),  # without a buffer
+        ("dqn", 64, 50_000, 1, {"rejax": 4000, "cleanrl": 2000, "sbx": 2000, "sb3": 1000}),
     ]
     for name, hidden, buffer, seeds, steps in cases if pythons else ():
         fields = {"hidden_sizes": [hidden, hidden], "buffer_size": buffer}
         fields |= {"steps_per_epoch": 1000} if hidden == 256 or seeds > 1 else {}
-        if name == "ppo":
-            del fields["buffer_size"]
         fields |= DISCRETE.get(name, {})
-        number_of_envs = (4, 1) if name == "ppo" else (8, 1)
-        commands = [command_of("epochs", name, fields | {"num_envs": n}, seeds) for n in number_of_envs]
+        commands = [command_of("epochs", name, fields | {"num_envs": n}, seeds) for n in (8, 1)]
         sizes = {"hidden": hidden, "buffer": buffer, "seeds": seeds}
         commands += [peer_command(pythons, peer, name, number, **sizes) for peer, number in steps.items()]
         (ours, peak), (one_env, _), *theirs = take_turns(turns, *commands)
@@ -390,9 +392,23 @@ def measure_peers(turns, pythons):
         for peer, (rate, peer_peak) in zip(steps, theirs, strict=True):
             text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f} ({one_env / rate:.1f} x with num_envs 1); "
             text += f"memory {peak / 2**20:,.0f} MiB, {peer_peak / 2**20:,.0f} MiB"
-            what = f"{many}{hidden} x {hidden}, {f'buffer of {buffer:,}' if buffer else '4 environments, 128 steps'}"
-            what += ", CartPole-v1" * (name in DISCRETE)
+            what = f"{many}{hidden} x {hidden}, buffer of {buffer:,}" + ", CartPole-v1" * (name in DISCRETE)
             yield updates_row(name, what, ours, text, ours / rate)
+
+
+def measure_on_policy(turns, pythons):
+    """PPO's environment steps per second, with 4 passes over 128 steps, beside peers."""
+    for env, num_envs, minibatches, steps in ON_POLICY if pythons else ():
+        fields = {"env": env, "num_envs": num_envs, "num_steps": 128, "num_eval_episodes": 1}
+        fields |= {"update_epochs": 4, "num_minibatches": minibatches, "steps_per_epoch": steps["ppo"]}
+        sizes = {"env": env, "envs": num_envs, "minibatches": minibatches}
+        theirs = [peer_command(pythons, peer, "ppo", n, **sizes) for peer, n in steps.items() if peer != "ppo"]
+        found = take_turns(turns, command_of("epochs", "ppo", fields), *theirs)
+        ours, *rates = (rate * num_envs * 128 / (4 * minibatches) for rate, _ in found)  # of updates
+        row = {"algorithm": "ppo", "what": f"{env}, {num_envs} environments, 128 steps", "value": ours}
+        for peer, rate in zip([*steps][1:], rates, strict=True):
+            text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f}"
+            yield row | {"measured": f"{ours:,.0f} steps/s", "beside": text, "ratio": ours / rate}
 
 
 def measure_steps(turns, pythons):
@@ -406,10 +422,10 @@ def measure_steps(turns, pythons):
 def measure_goal(turns, pythons):
     """Seconds from the start of a process, with empty caches, to a greedy return of GOAL: medians of three seeds."""
     for name in ("td3", "sac"):
-        times = {peer: [] for peer in ("ours", *pythons)}
+        times = {peer: [] for peer in ("ours", *(COLUMNS if pythons else ()))}
         for seed in range(3):
             times["ours"].append(seconds_until(GOAL, evaluations(name, seed, "--total-steps", "20000")))
-            for peer in pythons:
+            for peer in [*times][1:]:
                 reached = answer(peer_command(pythons, peer, name, 20_000, until=GOAL, seed=seed))
                 times[peer].append(reached["seconds"] if reached else float("inf"))
         ours = statistics.median(times.pop("ours"))
@@ -651,7 +667,7 @@ def table(measured):
         "Pendulum-v1, default configurations except where stated, ReLU networks, one update per environment step.",
         "Per 20 environment steps svg_model makes one update of the policy, from 64 rollouts, and 8 of the model.",
         f"Medians of {measured['turns']} turns; memory is the peak of a process, first Amortax, then the peer. Peers:",
-        f"{', '.join(measured['peers']) or 'not measured'}. {ABSENT}",
+        f"{', '.join(measured['peers']) or 'not measured'}.",
         "",
         f"`python results/benchmark/benchmark.py --peers FOLDER`, on {measured['machine']}.",
         "",
@@ -664,12 +680,13 @@ def table(measured):
 
 def short_table(measured):
     """The table of the README in Markdown: a line for each of the `QUOTED` cases, and a column for each peer."""
+    names = [NAMES[peer] for peer in COLUMNS]
     rows = [row for group in ("peers", "goal") for row in measured["groups"].get(group, ())]
-    lines = [f"| algorithm | case | Amortax | {' | '.join(NAMES.values())} |", "|---|---|---|---|---|---|"]
+    lines = [f"| algorithm | case | Amortax | {' | '.join(names)} |", "|---|---|---|---|---|---|"]
     for algorithm, what in QUOTED:
         found = [row for row in rows if (row["algorithm"], row["what"]) == (algorithm, what)]
         theirs = " ".join(row["beside"] for row in found)
-        cells = [re.search(rf"\b{name},? (not in [\d,]+ steps|[\d,]+( s)?)", theirs) for name in NAMES.values()]
+        cells = [re.search(rf"\b{name},? (not in [\d,]+ steps|[\d,]+( s)?)", theirs) for name in names]
         for row in found[:1]:
             ours, *rate = row["measured"].split(" updates/s")
             case = [algorithm, what + ", updates/s" * bool(rate), ours, *(cell[1] if cell else "" for cell in cells)]
@@ -705,7 +722,9 @@ def main():
     measured = json.loads(path.read_text()) if path.exists() else {"groups": {}, "peers": []}
     measured |= {"machine": machine(), "turns": arguments.turns}
     if pythons:
-        measured["peers"] = [package for packages in PEERS.values() for package in packages if package not in GYMNASIUM]
+        packages = {package: None for packages in PEERS.values() for package in packages}
+        measured["peers"] = [package for package in packages if package not in (*GYMNASIUM, *SHARED)]
+        measured["peers"] += [f"{NAMES[peer]} at {commit[:7]}" for peer, (_, commit) in SOURCES.items()]
     for group in arguments.only:
         measured["groups"][group] = []
         for row in GROUPS[group](arguments.turns, pythons):

@@ -1,7 +1,7 @@
 """Train with other libraries for `benchmark.py`, each with the Python of its own virtual environment.
 
-    python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC,DQN,PPO} --steps STEPS
-    python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC,DQN,PPO} --steps STEPS --until RETURN --seed SEED
+    python results/benchmark/peers.py LIBRARY {TD3,SAC,DQN,PPO} --steps STEPS
+    python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC} --steps STEPS --until RETURN --seed SEED
     python results/benchmark/peers.py {sbx,sb3} {TD3,SAC,DQN} --steps STEPS --returns --settings SETTINGS --seed SEED
 
 The first form prepares, prints a line of JSON, and then for each line that it reads trains for STEPS and prints the
@@ -10,7 +10,9 @@ evaluation, one every thousand steps, reaches RETURN. The third prints the mean 
 after STEPS, and the seconds from its start until they begin.
 
 TD3 and SAC on Pendulum-v1, DQN on CartPole-v1: batch 256, one environment, one update per environment step, learning
-rate 0.001, gamma 0.99. PPO on CartPole-v1 makes 4 passes of 4 minibatches over 128 steps of 4 environments.
+rate 0.001, gamma 0.99. PPO on CartPole-v1 makes 4 passes of 4 minibatches over 128 steps of 4 environments. The
+libraries are rejax, SBX, Stable-Baselines3; PureJaxRL with PPO and CleanRL with DQN, of which FOLDER/source is a clone,
+for FOLDER with the virtual environment of this Python.
 """
 
 import time
@@ -18,15 +20,22 @@ import time
 START = time.perf_counter()
 
 import argparse  # noqa: E402, the clock starts first
+import contextlib  # noqa: E402
 import importlib  # noqa: E402
+import io  # noqa: E402
 import json  # noqa: E402
+import re  # noqa: E402
 import resource  # noqa: E402
+import runpy  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 WARMUP = 1000  # steps without updates
 EVERY = 1000  # steps between evaluations
 EPISODES = 16  # per evaluation
-ENVS, STEPS, PASSES, MINIBATCHES = 4, 128, 4, 4  # of PPO
+STEPS, PASSES = 128, 4  # of PPO
+SOURCE = Path(sys.prefix) / "source"
 ZOO = {  # rl-zoo's hyperparameters for CartPole-v1
     "DQN": {
         "learning_rate": 2.3e-3,
@@ -47,10 +56,12 @@ ZOO = {  # rl-zoo's hyperparameters for CartPole-v1
 def parse():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", choices=("rejax", "sbx", "sb3"))
+    parser.add_argument("library", choices=TURNS)
     parser.add_argument("name", choices=("TD3", "SAC", "DQN", "PPO"))
     parser.add_argument("--steps", type=int, required=True, help="environment steps, of each turn in the first form")
     parser.add_argument("--env", help="Pendulum-v1 or CartPole-v1 by default; or playground/TASK")
+    parser.add_argument("--envs", type=int, default=4, help="environments of PPO")
+    parser.add_argument("--minibatches", type=int, default=4, help="minibatches of a pass of PPO")
     parser.add_argument("--hidden", type=int, default=64, help="width of both hidden layers")
     parser.add_argument("--buffer", type=int, default=50_000, help="transitions in the replay buffer")
     parser.add_argument("--seed", type=int, default=0)
@@ -65,13 +76,24 @@ def parse():
 
 def num_updates(case):
     """The updates in a turn, PPO's counted by minibatch."""
-    per_step = PASSES * MINIBATCHES / (ENVS * STEPS) if case.name == "PPO" else 1
+    per_step = PASSES * case.minibatches / (case.envs * STEPS) if case.name == "PPO" else 1
     return case.steps * per_step * case.seeds
 
 
 def seconds():
     """Since the start of the process."""
     return time.perf_counter() - START
+
+
+def timed(call):
+    """The call, returning its seconds."""
+
+    def turn():
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return turn
 
 
 def rejax_train(case, steps, eval_freq):
@@ -81,7 +103,7 @@ def rejax_train(case, steps, eval_freq):
     import rejax
 
     if case.name == "PPO":
-        fields = {"num_envs": ENVS, "num_steps": STEPS, "num_epochs": PASSES, "num_minibatches": MINIBATCHES}
+        fields = {"num_envs": case.envs, "num_steps": STEPS, "num_epochs": PASSES, "num_minibatches": case.minibatches}
     else:
         fields = {"num_envs": 1, "num_epochs": 1, "buffer_size": case.buffer, "fill_buffer": WARMUP, "batch_size": 256}
         fields |= {"polyak": 0.995} | ({"target_update_freq": 1} if case.name == "DQN" else {})
@@ -108,7 +130,51 @@ def rejax_turns(case):
 
     steps = case.steps + WARMUP * (case.name != "PPO")
     train, keys = rejax_train(case, steps, steps)
-    return lambda: jax.block_until_ready(train(keys))
+    return timed(lambda: jax.block_until_ready(train(keys)))
+
+
+def purejaxrl_turns(case):
+    """A turn of PPO trains from scratch, without evaluations."""
+    from unittest import mock
+
+    import jax
+
+    for engine in ("brax", "brax.envs.wrappers.training", "navix"):  # which its wrappers import
+        sys.modules[engine] = mock.MagicMock()
+    sys.path.insert(0, str(SOURCE / "purejaxrl"))
+    config = {"LR": 1e-3, "NUM_ENVS": case.envs, "NUM_STEPS": STEPS, "TOTAL_TIMESTEPS": case.steps, "ANNEAL_LR": False}
+    config |= {"UPDATE_EPOCHS": PASSES, "NUM_MINIBATCHES": case.minibatches, "GAMMA": 0.99, "GAE_LAMBDA": 0.95}
+    config |= {"CLIP_EPS": 0.2, "ENT_COEF": 0.0, "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5, "ACTIVATION": "relu"}
+    train = jax.jit(importlib.import_module("ppo").make_train(config | {"ENV_NAME": case.env}))
+    key = jax.random.PRNGKey(case.seed)
+    compiled = train.lower(key).compile()
+    return timed(lambda: jax.block_until_ready(compiled(key)))
+
+
+def cleanrl_turns(case):
+    """A turn runs the script of DQN, and takes the time of its last steps from the rates that it prints."""
+    text = (SOURCE / "cleanrl" / "dqn_jax.py").read_text()
+    for width in (120, 84):
+        text = text.replace(f"nn.Dense({width})", f"nn.Dense({case.hidden})")
+    sys.path.insert(0, str(SOURCE))
+    fields = {
+        "total-timesteps": WARMUP + case.steps + 1,
+        "learning-starts": 0,
+        "learning-rate": 1e-3,
+        "batch-size": 256,
+    }
+    fields |= {"buffer-size": case.buffer, "train-frequency": 1, "target-network-frequency": 1, "tau": 0.005}
+    sys.argv = ["dqn_jax.py", *(f"--{name}={value}" for name, value in fields.items())]
+
+    def turn():
+        printed = io.StringIO()
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+            Path("dqn_jax.py").write_text(text)
+            runpy.run_path("dqn_jax.py", run_name="__main__")
+        rates = [int(rate) for rate in re.findall(r"SPS: (\d+)", printed.getvalue())]  # after 100, 200, ... steps
+        return len(rates) * 100 / rates[-1] - WARMUP / rates[WARMUP // 100 - 1]
+
+    return turn
 
 
 def rejax_until(case):
@@ -167,13 +233,13 @@ def model_of(case):
         "sbx": ("sbx", "flax.linen", "relu"),
         "sb3": ("stable_baselines3", "torch.nn", "ReLU"),
     }[case.library]
-    env = make_vec_env(lambda: make_env(case.env), ENVS if case.name == "PPO" else 1)
+    env = make_vec_env(lambda: make_env(case.env), case.envs if case.name == "PPO" else 1)
     make = getattr(importlib.import_module(module), case.name)
     if case.settings != "ours":
         return make("MlpPolicy", env, seed=case.seed, **(ZOO[case.name] if case.settings == "zoo" else {}))
     activation = getattr(importlib.import_module(layers), relu)
     if case.name == "PPO":
-        fields = {"n_steps": STEPS, "batch_size": ENVS * STEPS // MINIBATCHES, "n_epochs": PASSES}
+        fields = {"n_steps": STEPS, "batch_size": case.envs * STEPS // case.minibatches, "n_epochs": PASSES}
     else:
         fields = {"learning_starts": WARMUP, "batch_size": 256, "buffer_size": case.buffer, "tau": 0.005}
         fields |= {"train_freq": 1, "gradient_steps": 1}
@@ -204,7 +270,7 @@ def model_turns(case):
     """A turn continues where the previous one ended."""
     model = model_of(case)
     model.learn(WARMUP + 100)
-    return lambda: model.learn(case.steps, reset_num_timesteps=False)
+    return timed(lambda: model.learn(case.steps, reset_num_timesteps=False))
 
 
 def model_until(case):
@@ -224,6 +290,15 @@ def model_returns(case):
     return {"seconds": seconds(), "return": float(evaluate(case, model))}
 
 
+TURNS = {  # of each library
+    "rejax": rejax_turns,
+    "purejaxrl": purejaxrl_turns,
+    "cleanrl": cleanrl_turns,
+    "sbx": model_turns,
+    "sb3": model_turns,
+}
+
+
 def main():
     """Train, and print."""
     case = parse()
@@ -234,12 +309,10 @@ def main():
     if case.returns:
         print(json.dumps(model_returns(case)))
         return
-    turn = rejax_turns(case) if rejax else model_turns(case)
+    turn = TURNS[case.library](case)
     print(json.dumps({"ready": seconds()}), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
-        turn()
-        took = time.perf_counter() - start
+        took = turn()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"updates": num_updates(case), "seconds": took, "peak": peak}), flush=True)
 

@@ -33,6 +33,10 @@ AFTER_500K = {
     "ReacherEasy": 952,
     "WalkerWalk": 957,
 }
+# Returns of PPO after 8,000,000 steps in dm_control: CleanRL's documentation of `ppo_continuous_action.py`, 10 seeds.
+PPO_AFTER_8M = {"CheetahRun": 433, "WalkerWalk": 393, "CartpoleSwingup": 641}
+PPO = "--total-steps 1966080 --steps-per-epoch 196608 --num-envs 32 --num-steps 64 --num-eval-episodes 8"
+PPO += " --normalize-obs --gamma 0.99 --gae-lambda 0.95 --actor-learning-rate 1e-3"
 FIGURES = "that of SAC from states in the papers on CURL (after 100,000 steps) or SimBa (after 500,000)"
 
 
@@ -110,6 +114,18 @@ def smooth_holds(rows):
     return answers
 
 
+def ppo_reached(rows):
+    """For each task: whether PPO's final interquartile mean is at least the published return."""
+    return {task: plot.iqm(study.final(rows, f"ppo on {task}")) >= PPO_AFTER_8M[task] for task in study.envs(rows)}
+
+
+def mark_ppo(axes, task):
+    """The published return, on an axis of all returns that are possible."""
+    value = PPO_AFTER_8M[task]
+    axes.axhline(value, color="black", linestyle="--", linewidth=1, label=f"CleanRL after 8,000k steps: {value}")
+    axes.set_ylim(0, 1000)
+
+
 def with_both(*tasks):
     """Pairs of SAC and TD3 with each task."""
     return [(algorithm, task) for task in tasks for algorithm in ("sac", "td3")]
@@ -134,6 +150,25 @@ EXPERIMENTS = {
         after_100k={},
         seeds=2,
         length="--total-steps 500000 --learning-starts 4000 --steps-per-epoch 62000 --buffer-size 500000",
+    ),
+    "ppo_physics": Experiment(
+        title="PPO learns the Control Suite in a quarter of the published steps",
+        question="How fast does PPO learn these tasks, and how well, beside published returns?",
+        cells={f"ppo on {task}": Run("ppo", f"playground/{task}", PPO, SEEDS) for task in PPO_AFTER_8M},
+        measure=training.learning_curves,
+        criterion=Criterion(
+            "for each task: the final interquartile mean is at least CleanRL's of PPO after 8,000,000 steps.",
+            ppo_reached,
+        ),
+        notes="All tasks have the same flags: 32 environments, 64 steps, two layers of 64 units, normalized "
+        "observations. A dashed line is the published return, a mean of 10 seeds and of training episodes. The physics "
+        "differ: ours is MJX in MuJoCo Playground, theirs is MuJoCo in dm_control. Neither repeats actions.",
+        table=functools.partial(
+            study.return_table, CleanRL=lambda label: f"{PPO_AFTER_8M[study.split(label)[1]]} after 8,000,000 steps"
+        ),
+        draw=functools.partial(draw_over_training, mark=mark_ppo),
+        quick=lambda cells: training.smaller(cells, next(iter(cells))),
+        sample=study.returns_sample(SEEDS, "8 episodes"),
     ),
     "smooth_physics": Experiment(
         title="Smooth networks are no worse than ReLU on the Control Suite",
