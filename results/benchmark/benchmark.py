@@ -33,9 +33,10 @@ ROOT = RESULTS.parent
 ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "dqn", "svg_model")  # those with a replay buffer
 EVERY_ALGORITHM = ("fqi", "fqi_amortized", "nfqca", "soft_fqi", *ALGORITHMS, "reinforce", "ppo", "svg", "shac")
 DISCRETE = {"dqn": {"num_steps": 1, "utd_ratio": 1.0, "batch_size": 256}}  # fields of what is compared on CartPole-v1
-ON_POLICY = (  # environment, number of environments, minibatches, steps per turn of ppo and its peers
-    ("CartPole-v1", 4, 4, {"ppo": 51_200, "purejaxrl": 51_200, "rejax": 51_200, "sbx": 5120, "sb3": 2560}),
-    ("Breakout-MinAtar", 64, 8, {"ppo": 163_840, "purejaxrl": 163_840}),
+ON_POLICY = (  # environment, number of environments, minibatches, seeds, steps per turn of ppo and its peers
+    ("CartPole-v1", 4, 4, 1, {"ppo": 51_200, "purejaxrl": 51_200, "rejax": 51_200, "sbx": 5120, "sb3": 2560}),
+    ("CartPole-v1", 4, 4, 8, {"ppo": 51_200, "purejaxrl": 51_200, "rejax": 51_200}),
+    ("Breakout-MinAtar", 64, 8, 1, {"ppo": 163_840, "purejaxrl": 163_840}),  # which with 8 seeds hangs
 )
 RATES = {  # cases of the files whose updates are not one for each environment step
     "dqn, CartPole-v1": ("dqn", {"steps_per_epoch": 4_000}),
@@ -398,14 +399,15 @@ def measure_peers(turns, pythons):
 
 def measure_on_policy(turns, pythons):
     """PPO's environment steps per second, with 4 passes over 128 steps, beside peers."""
-    for env, num_envs, minibatches, steps in ON_POLICY if pythons else ():
+    for env, num_envs, minibatches, seeds, steps in ON_POLICY if pythons else ():
         fields = {"env": env, "num_envs": num_envs, "num_steps": 128, "num_eval_episodes": 1}
         fields |= {"update_epochs": 4, "num_minibatches": minibatches, "steps_per_epoch": steps["ppo"]}
-        sizes = {"env": env, "envs": num_envs, "minibatches": minibatches}
+        sizes = {"env": env, "envs": num_envs, "minibatches": minibatches, "seeds": seeds}
         theirs = [peer_command(pythons, peer, "ppo", n, **sizes) for peer, n in steps.items() if peer != "ppo"]
-        found = take_turns(turns, command_of("epochs", "ppo", fields), *theirs)
+        found = take_turns(turns, command_of("epochs", "ppo", fields, seeds), *theirs)
         ours, *rates = (rate * num_envs * 128 / (4 * minibatches) for rate, _ in found)  # of updates
-        row = {"algorithm": "ppo", "what": f"{env}, {num_envs} environments, 128 steps", "value": ours}
+        what = f"{'one seed' if seeds == 1 else f'{seeds} seeds'}, {env}, {num_envs} environments, 128 steps"
+        row = {"algorithm": "ppo", "what": what, "value": ours}
         for peer, rate in zip([*steps][1:], rates, strict=True):
             text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f}"
             yield row | {"measured": f"{ours:,.0f} steps/s", "beside": text, "ratio": ours / rate}

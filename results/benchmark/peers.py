@@ -65,7 +65,7 @@ def parse():
     parser.add_argument("--hidden", type=int, default=64, help="width of both hidden layers")
     parser.add_argument("--buffer", type=int, default=50_000, help="transitions in the replay buffer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=1, help="trained at once, by rejax")
+    parser.add_argument("--seeds", type=int, default=1, help="trained at once, by rejax and PureJaxRL")
     parser.add_argument("--until", type=float, help="the return to reach")
     parser.add_argument("--returns", action="store_true", help="train once, and evaluate")
     parser.add_argument("--settings", choices=("ours", "defaults", "zoo"), default="ours", help="its own, or rl-zoo's")
@@ -145,10 +145,10 @@ def purejaxrl_turns(case):
     config = {"LR": 1e-3, "NUM_ENVS": case.envs, "NUM_STEPS": STEPS, "TOTAL_TIMESTEPS": case.steps, "ANNEAL_LR": False}
     config |= {"UPDATE_EPOCHS": PASSES, "NUM_MINIBATCHES": case.minibatches, "GAMMA": 0.99, "GAE_LAMBDA": 0.95}
     config |= {"CLIP_EPS": 0.2, "ENT_COEF": 0.0, "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5, "ACTIVATION": "relu"}
-    train = jax.jit(importlib.import_module("ppo").make_train(config | {"ENV_NAME": case.env}))
-    key = jax.random.PRNGKey(case.seed)
-    compiled = train.lower(key).compile()
-    return timed(lambda: jax.block_until_ready(compiled(key)))
+    run = importlib.import_module("ppo").make_train(config | {"ENV_NAME": case.env})
+    keys = jax.random.split(jax.random.PRNGKey(case.seed), case.seeds)
+    train = jax.jit(jax.vmap(run) if case.seeds > 1 else lambda k: run(k[0])).lower(keys).compile()
+    return timed(lambda: jax.block_until_ready(train(keys)))
 
 
 def cleanrl_turns(case):
