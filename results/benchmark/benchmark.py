@@ -355,6 +355,13 @@ def install(folder):
     return pythons
 
 
+def version_of(peer):
+    """A peer with its version, as text."""
+    if peer in SOURCES:
+        return f"{NAMES[peer]} at {SOURCES[peer][1][:7]}"
+    return ", ".join(package for package in PEERS[peer] if package not in GYMNASIUM)
+
+
 def peer_command(pythons, peer, name, steps, **options):
     """The command that trains a peer's algorithm; an option that is True is a flag."""
     words = [pythons[peer], FOLDER / "peers.py", peer, name.upper(), "--steps", steps]
@@ -669,7 +676,7 @@ def table(measured):
         "Pendulum-v1, default configurations except where stated, ReLU networks, one update per environment step.",
         "Per 20 environment steps svg_model makes one update of the policy, from 64 rollouts, and 8 of the model.",
         f"Medians of {measured['turns']} turns; memory is the peak of a process, first Amortax, then the peer. Peers:",
-        f"{', '.join(measured['peers']) or 'not measured'}.",
+        f"{', '.join(measured['peers'].values()) or 'not measured'}.",
         "",
         f"`python results/benchmark/benchmark.py --peers FOLDER`, on {measured['machine']}.",
         "",
@@ -699,7 +706,7 @@ def short_table(measured):
         "Pendulum-v1, ReLU networks, one update per environment step. Rates are medians of "
         f"{measured['turns']} turns, times",
         f"of 3 seeds from empty caches, on {measured['machine']};",
-        f"{', '.join(measured['peers'])}.",
+        f"{', '.join(text for peer, text in measured['peers'].items() if peer in COLUMNS)}.",
     ]
 
 
@@ -721,12 +728,9 @@ def main():
         write_tables(json.loads(path.read_text()))
         return
     pythons = install(arguments.peers) if arguments.peers else {}
-    measured = json.loads(path.read_text()) if path.exists() else {"groups": {}, "peers": []}
+    measured = json.loads(path.read_text()) if path.exists() else {"groups": {}, "peers": {}}
     measured |= {"machine": machine(), "turns": arguments.turns}
-    if pythons:
-        packages = {package: None for packages in PEERS.values() for package in packages}
-        measured["peers"] = [package for package in packages if package not in (*GYMNASIUM, *SHARED)]
-        measured["peers"] += [f"{NAMES[peer]} at {commit[:7]}" for peer, (_, commit) in SOURCES.items()]
+    measured["peers"] |= {peer: version_of(peer) for peer in pythons}
     for group in arguments.only:
         measured["groups"][group] = []
         for row in GROUPS[group](arguments.turns, pythons):
