@@ -42,22 +42,24 @@ FLAGS = {  # of each policy's command
     "svg_model/Pendulum-v1": "",
     "shac/Pendulum-v1": "",
     "sac/playground.WalkerWalk": f"--env playground/WalkerWalk {NETWORKS} {LENGTH}",
+    "sac/playground.CheetahRun": f"--env playground/CheetahRun {NETWORKS} {LENGTH}",
 }
 INTRODUCTION = """# Trained policies
 
-A policy of each learning algorithm, and one that walks, to play, film or start from without training:
+A policy of each learning algorithm, and of SAC on the Control Suite, to play, film or start from without training:
 
 ```bash
 python -m amortax.common.play results/policies/td3/Pendulum-v1 --gif pendulum.gif
 python algorithms/td3.py --init-from results/policies/td3/Pendulum-v1 --name continued
 ```
 
-WalkerWalk needs an extra, `pip install -e ".[playground]"`.
+The Control Suite needs an extra, `pip install -e ".[playground]"`.
 
 `steps` are environment steps, or the base points of the fitted-Q files; `return` is the mean of {episodes:,} greedy
-episodes ({physics:,} of WalkerWalk) with its standard error, as the player prints it with `--episodes {episodes}`. The
-best possible mean is -137.2 on Pendulum-v1, 500 on CartPole-v1 and 1,000 on WalkerWalk. The final return of REINFORCE
-depends on the seed ([curves](../README.md#curves_pendulum)): here it is not the first one.
+episodes ({physics:,} on the Control Suite) with its standard error, as the player prints it with
+`--episodes {episodes}`. The best possible mean is -137.2 on Pendulum-v1, 500 on CartPole-v1 and 1,000 on the Control
+Suite. The final return of REINFORCE depends on the seed ([curves](../README.md#curves_pendulum)): here it is not the
+first one.
 
 `python results/policies/make.py` trains all and writes this page, with a name of the table only that one. `config.json`
 holds hyperparameters, seed and versions. It names no source file: the player takes the algorithm of that name from the
