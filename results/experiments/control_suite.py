@@ -72,11 +72,16 @@ def table(after_100k, rows):
     return study.return_table(rows, SAC_published=known)
 
 
-def mark_published(after_100k, axes, task):
-    """The published return, on an axis of all returns that are possible."""
-    value, steps = published(task, after_100k)
-    axes.axhline(value, color="black", linestyle="--", linewidth=1, label=f"SAC at {steps}k, published: {value}")
+def mark(axes, value, what):
+    """A published return, on an axis of all returns that are possible."""
+    axes.axhline(value, color="black", linestyle="--", linewidth=1, label=f"{what}: {value}")
     axes.set_ylim(0, 1000)
+
+
+def mark_published(after_100k, axes, task):
+    """SAC's published return."""
+    value, steps = published(task, after_100k)
+    mark(axes, value, f"SAC at {steps}k, published")
 
 
 def curves(title, pairs, after_100k=AFTER_100K, seeds=SEEDS, length=LENGTH):
@@ -119,13 +124,6 @@ def ppo_reached(rows):
     return {task: plot.iqm(study.final(rows, f"ppo on {task}")) >= PPO_AFTER_8M[task] for task in study.envs(rows)}
 
 
-def mark_ppo(axes, task):
-    """The published return, on an axis of all returns that are possible."""
-    value = PPO_AFTER_8M[task]
-    axes.axhline(value, color="black", linestyle="--", linewidth=1, label=f"CleanRL after 8,000k steps: {value}")
-    axes.set_ylim(0, 1000)
-
-
 def with_both(*tasks):
     """Pairs of SAC and TD3 with each task."""
     return [(algorithm, task) for task in tasks for algorithm in ("sac", "td3")]
@@ -166,7 +164,9 @@ EXPERIMENTS = {
         table=functools.partial(
             study.return_table, CleanRL=lambda label: f"{PPO_AFTER_8M[study.split(label)[1]]} after 8,000,000 steps"
         ),
-        draw=functools.partial(draw_over_training, mark=mark_ppo),
+        draw=functools.partial(
+            draw_over_training, mark=lambda axes, task: mark(axes, PPO_AFTER_8M[task], "CleanRL at 8,000k")
+        ),
         quick=lambda cells: training.smaller(cells, next(iter(cells))),
         sample=study.returns_sample(SEEDS, "8 episodes"),
     ),
