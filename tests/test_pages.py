@@ -9,10 +9,11 @@ import re
 import pytest
 import reproduce
 from cases import ALGORITHMS
+from experiments import study
 from pages import ALGORITHM_PAGE, CHAPTER, CONTRIBUTING, PAGES, README, ROOT, RUNNER, TEXT, section, tables
 
 from amortax.algorithms import gradient_estimators
-from amortax.common import demo
+from amortax.common import demo, plot
 
 FILES = {**ALGORITHMS, "gradient_estimators": gradient_estimators}
 PARTS = ["What it does", "It adds", "Flags", "Metrics", "Differences from the paper", "Results", "Tests"]
@@ -139,6 +140,19 @@ def test_verdicts_are_those_of_the_data():
     assert len(told) > 30
     for name, verdict in told:
         assert " ".join(verdict.split()) == verdicts[name], name
+
+
+@pytest.mark.quick
+def test_returns_beside_published_ones_are_those_of_the_data():
+    rows = tables(section(ALGORITHM_PAGE, "## Returns beside published ones"))[0][1:]
+    measured = [(re.fullmatch(r"\[(\w+)\]\(#\1\)", file)[1], env, here) for file, env, here, *_ in rows if here]
+    assert len(measured) > 5
+    for algorithm, env, here in measured:
+        value, name, steps = re.fullmatch(r"\[(.*)\]\(\.\./results/README\.md#(\w+)\) after (.*)", here).groups()
+        data = study.numbers(study.read(ROOT / "results" / "data" / f"{name}.csv"))
+        (label,) = {f"{algorithm} on {env}", algorithm} & {*study.labels(data)}
+        found = plot.iqm(study.final(data, label)), study.trained_for(data, label)
+        assert (value, steps) == (f"{found[0]:z,.0f}", f"{found[1]:,.0f}"), label
 
 
 @pytest.mark.quick
