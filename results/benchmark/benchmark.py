@@ -33,10 +33,10 @@ ROOT = RESULTS.parent
 ALGORITHMS = ("ddpg", "td3", "sac_value", "sac", "dqn", "svg_model")  # those with a replay buffer
 EVERY_ALGORITHM = ("fqi", "fqi_amortized", "nfqca", "soft_fqi", *ALGORITHMS, "reinforce", "ppo", "svg", "shac")
 DISCRETE = {"dqn": {"num_steps": 1, "utd_ratio": 1.0, "batch_size": 256}}  # fields of what is compared on CartPole-v1
-ON_POLICY = (  # environment, number of environments, minibatches, seeds, steps per turn of ppo and its peers
-    ("CartPole-v1", 4, 4, 1, {"ppo": 51_200, "purejaxrl": 51_200, "rejax": 51_200, "sbx": 5120, "sb3": 2560}),
-    ("CartPole-v1", 4, 4, 8, {"ppo": 51_200, "purejaxrl": 51_200, "rejax": 51_200}),
-    ("Breakout-MinAtar", 64, 8, 1, {"ppo": 163_840, "purejaxrl": 163_840}),  # which with 8 seeds hangs
+ON_POLICY = (  # environment, number of environments, minibatches, seeds, steps per turn of ppo and of its peers
+    ("CartPole-v1", 4, 4, 1, 51_200, {"purejaxrl": 51_200, "rejax": 51_200, "sbx": 5120, "sb3": 2560}),
+    ("CartPole-v1", 4, 4, 8, 51_200, {"purejaxrl": 51_200, "rejax": 51_200}),
+    ("Breakout-MinAtar", 64, 8, 1, 163_840, {"purejaxrl": 163_840}),  # which with 8 seeds hangs
 )
 RATES = {  # cases of the files whose updates are not one for each environment step
     "dqn, CartPole-v1": ("dqn", {"steps_per_epoch": 4_000}),
@@ -370,6 +370,11 @@ def peer_command(pythons, peer, name, steps, **options):
     return words
 
 
+def counted(seeds):
+    """A number of seeds in words."""
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
+
+
 def updates_row(name, what, value, text, ratio):
     """A row whose value is a rate."""
     row = {"algorithm": name, "what": what, "measured": f"{value:,.0f} updates/s", "beside": text}
@@ -405,17 +410,17 @@ def measure_peers(turns, pythons):
 
 
 def measure_on_policy(turns, pythons):
-    """PPO's environment steps per second, with 4 passes over 128 steps, beside peers."""
-    for env, num_envs, minibatches, seeds, steps in ON_POLICY if pythons else ():
+    """PPO's environment steps per second, with 4 passes over 128 steps as in `peers.py`, beside peers."""
+    for env, num_envs, minibatches, seeds, steps, peers in ON_POLICY if pythons else ():
         fields = {"env": env, "num_envs": num_envs, "num_steps": 128, "num_eval_episodes": 1}
-        fields |= {"update_epochs": 4, "num_minibatches": minibatches, "steps_per_epoch": steps["ppo"]}
+        fields |= {"update_epochs": 4, "num_minibatches": minibatches, "steps_per_epoch": steps}
         sizes = {"env": env, "envs": num_envs, "minibatches": minibatches, "seeds": seeds}
-        theirs = [peer_command(pythons, peer, "ppo", n, **sizes) for peer, n in steps.items() if peer != "ppo"]
+        theirs = [peer_command(pythons, peer, "ppo", n, **sizes) for peer, n in peers.items()]
         found = take_turns(turns, command_of("epochs", "ppo", fields, seeds), *theirs)
         ours, *rates = (rate * num_envs * 128 / (4 * minibatches) for rate, _ in found)  # of updates
-        what = f"{'one seed' if seeds == 1 else f'{seeds} seeds'}, {env}, {num_envs} environments, 128 steps"
+        what = f"{counted(seeds)}, {env}, {num_envs} environments, 128 steps"
         row = {"algorithm": "ppo", "what": what, "value": ours}
-        for peer, rate in zip([*steps][1:], rates, strict=True):
+        for peer, rate in zip(peers, rates, strict=True):
             text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f}"
             yield row | {"measured": f"{ours:,.0f} steps/s", "beside": text, "ratio": ours / rate}
 
@@ -430,11 +435,12 @@ def measure_steps(turns, pythons):
 
 def measure_goal(turns, pythons):
     """Seconds from the start of a process, with empty caches, to a greedy return of GOAL: medians of three seeds."""
+    peers = COLUMNS if pythons else ()
     for name in ("td3", "sac"):
-        times = {peer: [] for peer in ("ours", *(COLUMNS if pythons else ()))}
+        times = {peer: [] for peer in ("ours", *peers)}
         for seed in range(3):
             times["ours"].append(seconds_until(GOAL, evaluations(name, seed, "--total-steps", "20000")))
-            for peer in [*times][1:]:
+            for peer in peers:
                 reached = answer(peer_command(pythons, peer, name, 20_000, until=GOAL, seed=seed))
                 times[peer].append(reached["seconds"] if reached else float("inf"))
         ours = statistics.median(times.pop("ours"))
@@ -516,7 +522,7 @@ def measure_buffer(turns, pythons):
             commands = [command_of("epochs", name, {"buffer_size": size}, seeds) for size in sizes]
             (small, _), (large, _) = take_turns(turns, *commands)
             text = f"{large / small:.2f} of that with a buffer of 10,000, {small:,.0f}"
-            what = f"{'one seed' if seeds == 1 else f'{seeds} seeds'}, buffer of 1,000,000"
+            what = f"{counted(seeds)}, buffer of 1,000,000"
             yield updates_row(name, what, large, text, large / small)
 
 

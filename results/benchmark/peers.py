@@ -96,10 +96,17 @@ def timed(call):
     return turn
 
 
+def compile_seeds(case, train):
+    """The compiled training of all seeds, and their keys, for a `train` of one key."""
+    import jax
+
+    keys = jax.random.split(jax.random.PRNGKey(case.seed), case.seeds)
+    return jax.jit(jax.vmap(train) if case.seeds > 1 else lambda k: train(k[0])).lower(keys).compile(), keys
+
+
 def rejax_train(case, steps, eval_freq):
     """rejax's compiled training of all seeds, and its keys."""
     import flax.linen as nn
-    import jax
     import rejax
 
     if case.name == "PPO":
@@ -119,9 +126,7 @@ def rejax_train(case, steps, eval_freq):
     wide = {"hidden_layer_sizes": (case.hidden, case.hidden), "activation": nn.relu}
     networks = ("agent",) if case.name == "DQN" else ("actor", "critic")
     algorithm = algorithm.replace(**{network: getattr(algorithm, network).clone(**wide) for network in networks})
-    keys = jax.random.split(jax.random.PRNGKey(case.seed), case.seeds)
-    train = jax.jit(jax.vmap(algorithm.train)) if case.seeds > 1 else jax.jit(lambda k: algorithm.train(k[0]))
-    return train.lower(keys).compile(), keys
+    return compile_seeds(case, algorithm.train)
 
 
 def rejax_turns(case):
@@ -145,9 +150,7 @@ def purejaxrl_turns(case):
     config = {"LR": 1e-3, "NUM_ENVS": case.envs, "NUM_STEPS": STEPS, "TOTAL_TIMESTEPS": case.steps, "ANNEAL_LR": False}
     config |= {"UPDATE_EPOCHS": PASSES, "NUM_MINIBATCHES": case.minibatches, "GAMMA": 0.99, "GAE_LAMBDA": 0.95}
     config |= {"CLIP_EPS": 0.2, "ENT_COEF": 0.0, "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5, "ACTIVATION": "relu"}
-    run = importlib.import_module("ppo").make_train(config | {"ENV_NAME": case.env})
-    keys = jax.random.split(jax.random.PRNGKey(case.seed), case.seeds)
-    train = jax.jit(jax.vmap(run) if case.seeds > 1 else lambda k: run(k[0])).lower(keys).compile()
+    train, keys = compile_seeds(case, importlib.import_module("ppo").make_train(config | {"ENV_NAME": case.env}))
     return timed(lambda: jax.block_until_ready(train(keys)))
 
 

@@ -9,7 +9,7 @@ from policies.make import LENGTH, NETWORKS
 
 from amortax.common import plot
 from experiments import study, training
-from experiments.curves import draw_over_training
+from experiments.curves import draw_over_training, reach
 from experiments.study import Criterion, Experiment, is_below
 from experiments.training import Run
 
@@ -119,11 +119,6 @@ def smooth_holds(rows):
     return answers
 
 
-def ppo_reached(rows):
-    """For each task: whether PPO's final interquartile mean is at least the published return."""
-    return {task: plot.iqm(study.final(rows, f"ppo on {task}")) >= PPO_AFTER_8M[task] for task in study.envs(rows)}
-
-
 def with_both(*tasks):
     """Pairs of SAC and TD3 with each task."""
     return [(algorithm, task) for task in tasks for algorithm in ("sac", "td3")]
@@ -156,7 +151,7 @@ EXPERIMENTS = {
         measure=training.learning_curves,
         criterion=Criterion(
             "for each task: the final interquartile mean is at least CleanRL's of PPO after 8,000,000 steps.",
-            ppo_reached,
+            functools.partial(reach, {f"ppo on {task}": least for task, least in PPO_AFTER_8M.items()}),
         ),
         notes="All tasks have the same flags: 32 environments, 64 steps, two layers of 64 units, normalized "
         "observations. A dashed line is the published return, a mean of 10 seeds and of training episodes. The physics "
