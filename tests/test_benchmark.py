@@ -1,6 +1,7 @@
 """The benchmark's group `gpu`, at small sizes on a CPU, and what it asks of peers."""
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -50,6 +51,14 @@ def test_evaluations_of_a_command_have_times_and_returns():
     assert -2000 < min(first, second) <= max(first, second) < 0
     assert benchmark.seconds_until(-3000, [(early, first)]) == early
     assert benchmark.seconds_until(0, [(early, first)]) == float("inf")
+
+
+def test_a_peer_that_hangs_ends_the_benchmark(monkeypatch):
+    """One that is ready, and never answers."""
+    monkeypatch.setattr(benchmark, "LIMIT", 0.1)
+    hanging = [sys.executable, "-c", "import time; print('{}', flush=True); time.sleep(60)"]
+    with pytest.raises(SystemExit, match=f"ended with exit code -{signal.SIGKILL}"):
+        benchmark.take_turns(1, hanging)
 
 
 def test_command_of_a_peer():

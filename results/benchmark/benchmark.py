@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -68,6 +69,7 @@ NAMES = {"rejax": "rejax", "sbx": "SBX", "sb3": "Stable-Baselines3", "purejaxrl"
 COLUMNS = ("rejax", "sbx", "sb3")  # of the table in the README: those with TD3 and SAC
 SINGLE_CORE = ("taskset", "--cpu-list", "0")
 GOAL = -200
+LIMIT = 600  # seconds of a turn, after which a process counts as hanging
 QUOTED = (  # the cases of the table in the README
     ("td3", "64 x 64, buffer of 50,000"),
     ("sac", "64 x 64, buffer of 50,000"),
@@ -325,10 +327,15 @@ def take_turns(turns, *commands):
 
 
 def ask(process):
-    """One turn of a serving process."""
+    """One turn of a serving process; SystemExit where it hangs."""
     process.stdin.write("\n")
     process.stdin.flush()
-    return read_json(process)
+    timer = threading.Timer(LIMIT, process.kill)
+    timer.start()
+    try:
+        return read_json(process)
+    finally:
+        timer.cancel()
 
 
 def read_json(process):
