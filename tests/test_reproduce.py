@@ -560,6 +560,13 @@ def test_verdict_on_ppo_and_the_control_suite(after_2m, verdict):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(("shac", "verdict"), [(900, "Holds."), (700, "Does not hold.")])
+def test_verdict_on_short_windows_in_physics(shac, verdict):
+    rows = rows_of({"shac on CartpoleBalance": shac, "ddpg on CartpoleBalance": 800})
+    assert verdict_on("short_windows_physics", rows) == verdict
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(("silu", "verdict"), [(400, "Holds."), (300, "Does not hold.")])
 def test_verdict_on_smooth_networks_in_physics(silu, verdict):
     rows = rows_of({"td3, silu on CheetahRun": silu, "td3, relu on CheetahRun": 400})

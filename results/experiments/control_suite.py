@@ -37,6 +37,8 @@ AFTER_500K = {
 PPO_AFTER_8M = {"CheetahRun": 433, "WalkerWalk": 393, "CartpoleSwingup": 641}
 PPO = "--total-steps 1966080 --steps-per-epoch 196608 --num-envs 32 --num-steps 64 --num-eval-episodes 8"
 PPO += " --normalize-obs --gamma 0.99 --gae-lambda 0.95 --actor-learning-rate 1e-3"
+WINDOWS = "--num-envs 8 --critic-learning-rate 3e-3 --gamma 0.99 --num-eval-episodes 8"
+WINDOWS += " --total-steps 98304 --steps-per-epoch 12288"  # whole iterations, and no more steps than DDPG takes
 FIGURES = "that of SAC from states in the papers on CURL (after 100,000 steps) or SimBa (after 500,000)"
 
 
@@ -106,6 +108,13 @@ def curves(title, pairs, after_100k=AFTER_100K, seeds=SEEDS, length=LENGTH):
     )
 
 
+def windows_hold(rows):
+    """For each task: shac's final return is above ddpg's."""
+    return {
+        task: is_below(*(study.final(rows, f"{x} on {task}") for x in ("ddpg", "shac"))) for task in study.envs(rows)
+    }
+
+
 SMOOTH = {f"{name}, {activation}": (name, activation) for name in ("td3", "sac") for activation in ("silu", "relu")}
 
 
@@ -163,6 +172,26 @@ EXPERIMENTS = {
             draw_over_training, mark=lambda axes, task: mark(axes, PPO_AFTER_8M[task], "CleanRL at 8,000k")
         ),
         quick=lambda cells: training.smaller(cells, next(iter(cells))),
+        sample=study.returns_sample(SEEDS, "8 episodes"),
+    ),
+    "short_windows_physics": Experiment(
+        title="SHAC learns differentiable physics better than DDPG from as many steps",
+        question="Does SHAC, which differentiates the simulator, learn better than DDPG, which does not?",
+        cells={
+            f"{name} on {task}": how
+            for task in ("CartpoleBalance", "CartpoleSwingup")
+            for name, how in {
+                "shac": Run("shac", f"playground/{task}", WINDOWS, SEEDS),
+                "ddpg": run("ddpg", task),
+            }.items()
+        },
+        measure=training.learning_curves,
+        criterion=Criterion("for each task: SHAC's final return is above DDPG's after as many steps.", windows_hold),
+        notes="SHAC has two layers of 64 units, DDPG two of 256 and the flags of the other tasks. The simulator has "
+        "derivatives in reverse mode where its solver makes one iteration.",
+        table=study.return_table,
+        draw=draw_over_training,
+        quick=lambda cells: training.smaller(cells, "shac on CartpoleBalance", "ddpg on CartpoleBalance"),
         sample=study.returns_sample(SEEDS, "8 episodes"),
     ),
     "smooth_physics": Experiment(
