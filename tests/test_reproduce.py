@@ -560,6 +560,12 @@ def test_verdict_on_ppo_and_the_control_suite(after_2m, verdict):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(("svg", "verdict"), [(950, "Holds."), (850, "Does not hold.")])
+def test_verdict_on_rollouts_in_physics(svg, verdict):
+    assert verdict_on("svg_physics", rows_of({"svg on CartpoleBalance": svg})) == verdict
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(("shac", "verdict"), [(900, "Holds."), (700, "Does not hold.")])
 def test_verdict_on_short_windows_in_physics(shac, verdict):
     rows = rows_of({"shac on CartpoleBalance": shac, "ddpg on CartpoleBalance": 800})
