@@ -4,6 +4,8 @@ The Control Suite needs an extra: `pip install -e ".[playground]"`.
 """
 
 import functools
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +102,14 @@ def improved_act(module):
 
 
 def measure(run):
-    """A row for every seed and epoch of a run."""
+    """A row for every seed and epoch of a run, from a process of its own: the first run of one decides its threads."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(measure_here, run, training.WORK).result()
+
+
+def measure_here(run, work):
+    """The same in this process, with the run's code in the folder `work`."""
+    training.WORK = work
     module, config = training.load(run)
     of_states = jax.jit(functools.partial(gaps, module, config))
     act, episodes = improved_act(module), jnp.arange(config.num_eval_episodes)
