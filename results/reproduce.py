@@ -118,9 +118,8 @@ def reproduce(name, out, quick):
         path = training.WORK / "cells" / f"{training.fingerprint(experiment, cell)}.csv"
         if not path.exists():
             start = time.monotonic()
-            with mock.patch.dict(
-                os.environ
-            ):  # a run in this process sets its threads there, which others would inherit
+            # a run in this process sets its threads in the environment, which the runs after it must not inherit
+            with mock.patch.dict(os.environ):
                 record.write_rows(path, experiment.measure(cell))
             print(f"{name}: {label}: {time.monotonic() - start:.0f} s", flush=True)
         rows += [{"label": label} | row for row in study.read(path)]
