@@ -27,16 +27,18 @@ def set_up_backend(num_runs=1, largest_product=0):
     """
     cores = num_cores()
     given = os.environ.get("XLA_FLAGS", "") + " ".join(os.environ)
+    if "xla_force_host_platform_device_count" not in given and "JAX_NUM_CPU_DEVICES" not in given:
+        clear_backends()  # importing gymnax makes arrays, and with them a backend
+        jax.config.update("jax_num_cpu_devices", min(cores, num_runs))
     if "NPROC" not in os.environ:
         # XLA has NPROC threads, but at least one for each device. Threads without a run of their own take small
         # operations from those with one, and the hand-over costs up to a third of the speed. Large products gain from
         # threads, but several threads sum in a different order than one: the choice must not depend on the number of
         # runs.
-        os.environ["NPROC"] = str(max(2, cores)) if largest_product > LARGE_PRODUCT else "1"
-        clear_backends()  # importing gymnax makes arrays, and with them a backend
-    if "xla_force_host_platform_device_count" not in given and "JAX_NUM_CPU_DEVICES" not in given:
         clear_backends()
-        jax.config.update("jax_num_cpu_devices", min(cores, num_runs))
+        os.environ["NPROC"] = str(max(2, cores)) if largest_product > LARGE_PRODUCT else "1"
+        jax.devices()  # starts a backend, which reads it
+        del os.environ["NPROC"]  # other commands that this process trains or starts choose for themselves
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         everything = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amortax"
         shrink(everything, CACHE_BYTES)

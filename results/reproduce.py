@@ -13,13 +13,11 @@ same code on the same machine reruns are byte-identical except for timings.
 import dataclasses
 import datetime
 import importlib.util
-import os
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Annotated
-from unittest import mock
 
 import tyro
 from benchmark.benchmark import machine, write_between
@@ -118,9 +116,7 @@ def reproduce(name, out, quick):
         path = training.WORK / "cells" / f"{training.fingerprint(experiment, cell)}.csv"
         if not path.exists():
             start = time.monotonic()
-            # a run in this process sets its threads in the environment, which the runs after it must not inherit
-            with mock.patch.dict(os.environ):
-                record.write_rows(path, experiment.measure(cell))
+            record.write_rows(path, experiment.measure(cell))
             print(f"{name}: {label}: {time.monotonic() - start:.0f} s", flush=True)
         rows += [{"label": label} | row for row in study.read(path)]
     record.write_rows(out / "data" / f"{name}.csv", rows)

@@ -1,8 +1,9 @@
-"""Devices: the limits of a container, and the folder of compiled programs."""
+"""Devices: the limits of a container, threads, and the folder of compiled programs."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cases import CONFIGS
@@ -65,6 +66,31 @@ def test_what_does_not_fit_the_container_is_refused(machine, capsys):
     with pytest.raises(SystemExit):
         checks.check_config(CONFIGS["td3"], td3.init)
     assert capsys.readouterr().err.startswith("error: --buffer-size 72: a run needs 0.0 GiB; this machine has 0.0 GiB")
+
+
+COMMANDS = """
+import os
+from pathlib import Path
+from amortax.common import devices
+
+def threads():
+    return {path.parent.name for path in Path("/proc/self/task").glob("*/comm") if "XLAEigen" in path.read_text()}
+
+given = dict(os.environ)
+for product in (10**9, 0, 10**9):
+    before = threads()
+    devices.set_up_backend(1, product)
+    print(len(threads() - before), os.environ == given)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux names the threads of a process")
+def test_each_command_of_a_process_has_threads_for_its_own_sizes():
+    """Also after another, which leaves nothing in the environment for it or for a process that it starts."""
+    env = {name: value for name, value in os.environ.items() if name not in ("NPROC", "JAX_NUM_CPU_DEVICES")}
+    done = subprocess.run([sys.executable, "-c", COMMANDS], env=env, capture_output=True, text=True, check=True)
+    several = max(2, devices.num_cores())
+    assert done.stdout.splitlines() == [f"{several} True", "1 True", f"{several} True"]
 
 
 def test_processors_with_other_instructions_have_other_folders(machine):

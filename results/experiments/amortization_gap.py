@@ -101,7 +101,7 @@ def improved_act(module):
 
 
 def measure(run):
-    """A row for every seed and epoch of a run, from a process of its own: the first run of one decides its threads."""
+    """A row for every seed and epoch of a run, from a process of its own, which sets up devices once."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(measure_here, run, training.WORK).result()
 
