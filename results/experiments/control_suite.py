@@ -33,6 +33,16 @@ AFTER_500K = {
     "ReacherEasy": 952,
     "WalkerWalk": 957,
 }
+# How many steps of a task each action lasts: Hafner et al., "PlaNet" (ICML 2019), and the paper on CURL after it.
+REPEATS = {
+    "CartpoleBalance": 8,
+    "CartpoleSwingup": 8,
+    "ReacherEasy": 4,
+    "FingerSpin": 2,
+    "BallInCup": 4,
+    "CheetahRun": 4,
+    "WalkerWalk": 2,
+}
 # Returns of PPO after 8,000,000 steps in dm_control: CleanRL's documentation of `ppo_continuous_action.py`, 10 seeds.
 PPO_AFTER_8M = {"CheetahRun": 433, "WalkerWalk": 393, "CartpoleSwingup": 641}
 PPO = "--total-steps 1966080 --steps-per-epoch 196608 --num-envs 32 --num-steps 64 --num-eval-episodes 8"
@@ -115,6 +125,20 @@ def curves(title, pairs, after_100k=AFTER_100K, seeds=SEEDS, length=LENGTH):
     )
 
 
+def repeated(task):
+    """SAC's run on a task with repeated actions, of 100,000 of the task's steps."""
+    repeat, warm_up, epochs = REPEATS[task], 1000, 5
+    per_epoch = (100_000 // repeat - warm_up) // epochs // 8 * 8  # whole iterations of 8 environments
+    length = f"--total-steps {warm_up + epochs * per_epoch} --learning-starts {warm_up} --steps-per-epoch {per_epoch}"
+    return run("sac", task, f"{length} --env-params action_repeat={repeat}")
+
+
+def curves_by_task_steps(run):
+    """Learning curves over the steps of the task, of which each action takes several."""
+    repeat = REPEATS[run.env.removeprefix("playground/")]
+    return [row | {"progress": repeat * row["progress"]} for row in training.learning_curves(run)]
+
+
 def windows_hold(rows):
     """For each task: shac's final return is above ddpg's."""
     finals = {task: study.finals(rows, task) for task in study.envs(rows)}
@@ -156,6 +180,23 @@ EXPERIMENTS = {
     "locomotion": curves(
         "SAC reaches published returns on the Control Suite: running and walking",
         [*with_both("CheetahRun", "WalkerWalk"), ("ddpg", "CheetahRun")],
+    ),
+    "action_repeat": Experiment(
+        title="SAC reaches published returns on the Control Suite when it repeats actions as often",
+        question="How well does SAC learn these tasks when each action lasts as long as in the published runs?",
+        cells={f"sac on {task}": repeated(task) for task in REPEATS},
+        measure=curves_by_task_steps,
+        criterion=Criterion(
+            f"for each task: SAC's final interquartile mean is at least {FIGURES}.",
+            functools.partial(reached, AFTER_100K),
+        ),
+        notes="Each action is repeated as often as in the papers on PlaNet and CURL, and there is one update for each "
+        "action: an eighth to a half of the updates of the runs without repeats. The steps are those of the task. The "
+        "flags are those of the other runs of SAC. A dashed line is the published return.",
+        table=lambda rows: table(AFTER_100K, rows),
+        draw=functools.partial(draw_over_training, mark=functools.partial(mark_published, AFTER_100K)),
+        quick=lambda cells: training.smaller(cells, "sac on CartpoleSwingup"),
+        sample=study.returns_sample(SEEDS, "8 episodes"),
     ),
     "locomotion_long": curves(
         "SAC reaches published returns in five times the steps",
