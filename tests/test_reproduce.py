@@ -305,14 +305,18 @@ def test_names(monkeypatch, capsys):
 
 
 def length_of(run, asked):
-    """Environment steps of a run, rounded up to whole iterations in the warm-up and in each epoch; or iterations."""
+    """Environment steps of a run, rounded up to whole iterations in the warm-up and in each epoch; or iterations.
+
+    Where actions are repeated they are those of the task.
+    """
     if "--steps-per-epoch" not in run.flags:
         return asked
-    module, config = training.load(run)
+    repeat = re.search(r"--env-params action_repeat=(\d+) ", run.flags)
+    module, config = training.load(run._replace(flags=run.flags.replace(repeat[0], "")) if repeat else run)
     iterations = module.num_epochs(config) * module.num_iterations(config, config.steps_per_epoch)
     if hasattr(config, "learning_starts"):
         iterations += module.num_iterations(config, config.learning_starts)
-    return iterations * config.num_envs * config.num_steps
+    return iterations * config.num_envs * config.num_steps * (int(repeat[1]) if repeat else 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -560,6 +564,23 @@ def test_verdict_on_the_control_suite(after_100k, verdict):
     assert "616 after 100,000 steps" in study.report(reproduce.EXPERIMENTS["locomotion"], rows)
     assert verdict_on("locomotion_long", rows) == "Does not hold."
     assert control_suite.published("CartpoleBalance") == (999, 500)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("after_100k", "verdict"), [(840, "Holds."), (800, "Does not hold.")])
+def test_verdict_on_repeated_actions(after_100k, verdict):
+    """835 are published; the steps are those of the task, of which an action takes eight."""
+    rows = rows_of({"sac on CartpoleSwingup": after_100k})
+    assert verdict_on("action_repeat", rows) == verdict
+    for label, run in reproduce.EXPERIMENTS["action_repeat"].cells.items():
+        repeat, steps = (int(re.search(rf"{flag}.(\d+)", run.flags)[1]) for flag in ("action_repeat", "total-steps"))
+        assert 99_800 < length_of(run, steps) == repeat * steps <= 100_000, label
+
+
+def test_learning_curves_with_repeated_actions_count_the_steps_of_the_task(monkeypatch):
+    monkeypatch.setattr(training, "learning_curves", lambda run: [{"seed": 0, "progress": 12_480, "return": 1.0}])
+    run = reproduce.EXPERIMENTS["action_repeat"].cells["sac on CartpoleSwingup"]
+    assert control_suite.curves_by_task_steps(run) == [{"seed": 0, "progress": 99_840, "return": 1.0}]
 
 
 @pytest.mark.quick

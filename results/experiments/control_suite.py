@@ -33,7 +33,8 @@ AFTER_500K = {
     "ReacherEasy": 952,
     "WalkerWalk": 957,
 }
-# How many steps of a task each action lasts: Hafner et al., "PlaNet" (ICML 2019), and the paper on CURL after it.
+# How many steps of a task each action lasts: Hafner et al., "PlaNet" (ICML 2019), and the paper on CURL after it; both
+# without CartpoleBalance, here as the other task with a pole.
 REPEATS = {
     "CartpoleBalance": 8,
     "CartpoleSwingup": 8,
@@ -103,25 +104,51 @@ def mark_published(after_100k, axes, task):
     mark(axes, task, value, f"SAC at {steps}k, published")
 
 
-def curves(title, pairs, after_100k=AFTER_100K, seeds=SEEDS, length=LENGTH):
-    """Learning curves of pairs of an algorithm and a task."""
+def experiment(title, question, cells, criterion, notes, quick=(), mark=scale, **fields):
+    """An experiment on the returns of some runs, of which those named by `quick`, or the first, stand for all."""
+    quick = quick or [next(iter(cells))]
+    fields = {"measure": training.learning_curves, "table": study.return_table} | fields
     return Experiment(
         title=title,
-        question="How fast do the actor-critics learn these tasks, and how well, beside published returns?",
-        cells=cells(*pairs, seeds=seeds, length=length),
-        measure=training.learning_curves,
-        criterion=Criterion(
+        question=question,
+        cells=cells,
+        criterion=criterion,
+        notes=notes,
+        draw=functools.partial(draw_over_training, mark=mark),
+        quick=lambda cells: training.smaller(cells, *quick),
+        sample=study.returns_sample(next(iter(cells.values())).seeds, "8 episodes"),
+        **fields,
+    )
+
+
+def beside_published(title, question, cells, notes, after_100k=AFTER_100K, **fields):
+    """An experiment on the returns of SAC beside published ones."""
+    return experiment(
+        title,
+        question,
+        cells,
+        Criterion(
             f"for each task: SAC's final interquartile mean is at least {FIGURES}.",
             functools.partial(reached, after_100k),
         ),
-        notes="All tasks have the same flags: two layers of 256 units, `--tau 0.005`, 8 environments, an update per "
-        "step. A dashed line is the published return. The physics differ: ours is MJX in MuJoCo Playground, without "
-        "action repeat; theirs is MuJoCo in dm_control, with actions repeated two to eight times. An episode of "
-        "ReacherEasy or BallInCup earns nearly everything or nothing, so that a mean of eight is coarse.",
+        f"{notes} A dashed line is the published return.",
+        mark=functools.partial(mark_published, after_100k),
         table=functools.partial(table, after_100k),
-        draw=functools.partial(draw_over_training, mark=functools.partial(mark_published, after_100k)),
-        quick=lambda cells: training.smaller(cells, next(iter(cells))),
-        sample=study.returns_sample(seeds, "8 episodes"),
+        **fields,
+    )
+
+
+def curves(title, pairs, after_100k=AFTER_100K, **options):
+    """Learning curves of pairs of an algorithm and a task."""
+    return beside_published(
+        title,
+        "How fast do the actor-critics learn these tasks, and how well, beside published returns?",
+        cells(*pairs, **options),
+        "All tasks have the same flags: two layers of 256 units, `--tau 0.005`, 8 environments, an update per step. "
+        "The physics differ: ours is MJX in MuJoCo Playground, without action repeat; theirs is MuJoCo in dm_control, "
+        "with actions repeated two to eight times. An episode of ReacherEasy or BallInCup earns nearly everything or "
+        "nothing, so that a mean of eight is coarse.",
+        after_100k,
     )
 
 
@@ -139,7 +166,7 @@ def curves_by_task_steps(run):
     return [row | {"progress": repeat * row["progress"]} for row in training.learning_curves(run)]
 
 
-def windows_hold(rows):
+def shac_is_above(rows):
     """For each task: shac's final return is above ddpg's."""
     finals = {task: study.finals(rows, task) for task in study.envs(rows)}
     return {task: is_below(x["ddpg"], x["shac"]) for task, x in finals.items()}
@@ -181,23 +208,6 @@ EXPERIMENTS = {
         "SAC reaches published returns on the Control Suite: running and walking",
         [*with_both("CheetahRun", "WalkerWalk"), ("ddpg", "CheetahRun")],
     ),
-    "action_repeat": Experiment(
-        title="SAC reaches published returns on the Control Suite when it repeats actions as often",
-        question="How well does SAC learn these tasks when each action lasts as long as in the published runs?",
-        cells={f"sac on {task}": repeated(task) for task in REPEATS},
-        measure=curves_by_task_steps,
-        criterion=Criterion(
-            f"for each task: SAC's final interquartile mean is at least {FIGURES}.",
-            functools.partial(reached, AFTER_100K),
-        ),
-        notes="Each action is repeated as often as in the papers on PlaNet and CURL, and there is one update for each "
-        "action: an eighth to a half of the updates of the runs without repeats. The steps are those of the task. The "
-        "flags are those of the other runs of SAC. A dashed line is the published return.",
-        table=lambda rows: table(AFTER_100K, rows),
-        draw=functools.partial(draw_over_training, mark=functools.partial(mark_published, AFTER_100K)),
-        quick=lambda cells: training.smaller(cells, "sac on CartpoleSwingup"),
-        sample=study.returns_sample(SEEDS, "8 episodes"),
-    ),
     "locomotion_long": curves(
         "SAC reaches published returns in five times the steps",
         [("sac", "CheetahRun"), ("sac", "WalkerWalk")],
@@ -205,71 +215,59 @@ EXPERIMENTS = {
         seeds=2,
         length="--total-steps 500000 --learning-starts 4000 --steps-per-epoch 62000 --buffer-size 500000",
     ),
-    "ppo_physics": Experiment(
-        title="PPO learns the Control Suite in a quarter of the published steps",
-        question="How fast does PPO learn these tasks, and how well, beside published returns?",
-        cells={f"ppo on {task}": Run("ppo", f"playground/{task}", PPO, SEEDS) for task in PPO_AFTER_8M},
-        measure=training.learning_curves,
-        criterion=Criterion(
+    "action_repeat": beside_published(
+        "SAC reaches published returns on the Control Suite when it repeats actions as often",
+        "How well does SAC learn these tasks when each action lasts as long as in the published runs?",
+        {f"sac on {task}": repeated(task) for task in REPEATS},
+        "Each action is repeated as often as in the papers on PlaNet and CURL, and there is one update for each "
+        "action: an eighth to a half of the updates of the runs without repeats, with the same other flags. The steps "
+        "are those of the task.",
+        measure=curves_by_task_steps,
+    ),
+    "ppo_physics": experiment(
+        "PPO learns the Control Suite in a quarter of the published steps",
+        "How fast does PPO learn these tasks, and how well, beside published returns?",
+        {f"ppo on {task}": Run("ppo", f"playground/{task}", PPO, SEEDS) for task in PPO_AFTER_8M},
+        Criterion(
             "for each task: the final interquartile mean is at least CleanRL's of PPO after 8,000,000 steps.",
             functools.partial(reach, {f"ppo on {task}": least for task, least in PPO_AFTER_8M.items()}),
         ),
-        notes="All tasks have the same flags: 32 environments, 64 steps, two layers of 64 units, normalized "
-        "observations. A dashed line is the published return, a mean of 10 seeds and of training episodes. The physics "
-        "differ: ours is MJX in MuJoCo Playground, theirs is MuJoCo in dm_control. Neither repeats actions.",
+        "All tasks have the same flags: 32 environments, 64 steps, two layers of 64 units, normalized observations. A "
+        "dashed line is the published return, a mean of 10 seeds and of training episodes. The physics differ: ours is "
+        "MJX in MuJoCo Playground, theirs is MuJoCo in dm_control. Neither repeats actions.",
+        mark=lambda axes, task: mark(axes, task, PPO_AFTER_8M[task], "CleanRL at 8,000k"),
         table=functools.partial(
             study.return_table, CleanRL=lambda label: f"{PPO_AFTER_8M[study.split(label)[1]]} after 8,000,000 steps"
         ),
-        draw=functools.partial(
-            draw_over_training, mark=lambda axes, task: mark(axes, task, PPO_AFTER_8M[task], "CleanRL at 8,000k")
-        ),
-        quick=lambda cells: training.smaller(cells, next(iter(cells))),
-        sample=study.returns_sample(SEEDS, "8 episodes"),
     ),
-    "svg_physics": Experiment(
-        title="SVG balances a pole by the derivatives of MuJoCo's steps",
-        question="Do derivatives through whole rollouts of a physics engine train a policy?",
-        cells={"svg on CartpoleBalance": Run("svg", "playground/CartpoleBalance", ROLLOUTS, SEEDS)},
-        measure=training.learning_curves,
-        criterion=Criterion(
+    "svg_physics": experiment(
+        "SVG balances a pole by the derivatives of MuJoCo's steps",
+        "Do derivatives through whole rollouts of a physics engine train a policy?",
+        {"svg on CartpoleBalance": Run("svg", "playground/CartpoleBalance", ROLLOUTS, SEEDS)},
+        Criterion(
             "the final interquartile mean is at least 900, of 1,000 at most.",
             functools.partial(reach, {"svg on CartpoleBalance": 900}),
         ),
-        notes="A rollout has the first 300 steps of an episode's 1,000. Networks have two layers of 64 units.",
-        table=study.return_table,
-        draw=functools.partial(draw_over_training, mark=scale),
-        quick=lambda cells: training.smaller(cells, *cells),
-        sample=study.returns_sample(SEEDS, "8 episodes"),
+        "A rollout has the first 300 steps of an episode's 1,000. Networks have two layers of 64 units.",
     ),
-    "short_windows_physics": Experiment(
-        title="SHAC learns differentiable physics better than DDPG from as many steps",
-        question="Does SHAC, which differentiates the simulator, learn better than DDPG, which does not?",
-        cells=beside_ddpg("CartpoleBalance") | beside_ddpg("CartpoleSwingup"),
-        measure=training.learning_curves,
-        criterion=Criterion("for each task: SHAC's final return is above DDPG's after as many steps.", windows_hold),
-        notes="SHAC has two layers of 64 units, DDPG two of 256 and the flags of the other tasks. The simulator has "
+    "short_windows_physics": experiment(
+        "SHAC learns differentiable physics better than DDPG from as many steps",
+        "Does SHAC, which differentiates the simulator, learn better than DDPG, which does not?",
+        beside_ddpg("CartpoleBalance") | beside_ddpg("CartpoleSwingup"),
+        Criterion("for each task: SHAC's final return is above DDPG's after as many steps.", shac_is_above),
+        "SHAC has two layers of 64 units, DDPG two of 256 and the flags of the other tasks. The simulator has "
         "derivatives in reverse mode where its solver makes one iteration.",
-        table=study.return_table,
-        draw=functools.partial(draw_over_training, mark=scale),
-        quick=lambda cells: training.smaller(cells, "shac on CartpoleBalance", "ddpg on CartpoleBalance"),
-        sample=study.returns_sample(SEEDS, "8 episodes"),
+        quick=("shac on CartpoleBalance", "ddpg on CartpoleBalance"),
     ),
-    "smooth_physics": Experiment(
-        title="Smooth networks are no worse than ReLU on the Control Suite",
-        question="Does the activation that is best on linear-quadratic systems also learn physics?",
-        cells={
+    "smooth_physics": experiment(
+        "Smooth networks are no worse than ReLU on the Control Suite",
+        "Does the activation that is best on linear-quadratic systems also learn physics?",
+        {
             f"{variant} on {task}": run(name, task, flags="" if activation == "silu" else f"--activation {activation}")
             for task in ("FingerSpin", "CheetahRun", "WalkerWalk")
             for variant, (name, activation) in SMOOTH.items()
         },
-        measure=training.learning_curves,
-        criterion=Criterion(
-            "for each algorithm and task: the final return with SiLU is not below that with ReLU.", smooth_holds
-        ),
-        notes="The runs with SiLU are those of the learning curves.",
-        table=study.return_table,
-        draw=draw_over_training,
-        quick=lambda cells: training.smaller(cells, next(iter(cells))),
-        sample=study.returns_sample(SEEDS, "8 episodes"),
+        Criterion("for each algorithm and task: the final return with SiLU is not below that with ReLU.", smooth_holds),
+        "The runs with SiLU are those of the learning curves.",
     ),
 }
