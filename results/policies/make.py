@@ -41,6 +41,8 @@ FLAGS = {  # of each policy's command
     "svg/Pendulum-v1": "",
     "svg_model/Pendulum-v1": "",
     "shac/Pendulum-v1": "",
+    "sac/playground.CartpoleSwingup": "--env playground/CartpoleSwingup --env-params action_repeat=8 --tau 0.005"
+    " --num-eval-episodes 8 --total-steps 12480 --learning-starts 1000 --steps-per-epoch 2296",
     "sac/playground.WalkerWalk": f"--env playground/WalkerWalk {NETWORKS} {LENGTH}",
     "sac/playground.CheetahRun": f"--env playground/CheetahRun {NETWORKS} {LENGTH}",
 }
