@@ -153,11 +153,11 @@ def curves(title, pairs, after_100k=AFTER_100K, **options):
 
 
 def repeated(task):
-    """SAC's run on a task with repeated actions, of 100,000 of the task's steps and an update for every two."""
+    """SAC's run on a task with repeated actions, of 100,000 of the task's steps."""
     repeat, warm_up, epochs = REPEATS[task], 1000, 5
     per_epoch = (100_000 // repeat - warm_up) // epochs // 8 * 8  # whole iterations of 8 environments
     length = f"--total-steps {warm_up + epochs * per_epoch} --learning-starts {warm_up} --steps-per-epoch {per_epoch}"
-    return run("sac", task, f"{length} --env-params action_repeat={repeat} --utd-ratio {repeat // 2}")
+    return run("sac", task, f"{length} --env-params action_repeat={repeat}")
 
 
 def curves_by_task_steps(run):
@@ -219,9 +219,9 @@ EXPERIMENTS = {
         "SAC reaches published returns on the Control Suite when it repeats actions as often",
         "How well does SAC learn these tasks when each action lasts as long as in the published runs?",
         {f"sac on {task}": repeated(task) for task in REPEATS},
-        "Each action is repeated as often as in the papers on PlaNet and CURL. There is an update for every two steps "
-        "of the task, half as many as in the runs without repeats, whose other flags are the same. The steps are those "
-        "of the task.",
+        "Each action is repeated as often as in the papers on PlaNet and CURL, and there is one update for each "
+        "action: an eighth to a half of the updates of the runs without repeats, with the same other flags. The steps "
+        "are those of the task.",
         measure=curves_by_task_steps,
     ),
     "ppo_physics": experiment(
