@@ -1,6 +1,7 @@
 """Learning curves: every algorithm on every suitable environment, with the optimum where it is known."""
 
 import functools
+import math
 
 import gymnax
 import numpy as np
@@ -215,8 +216,11 @@ def experiment(env, note, episodes="128 episodes"):
 def draw_over_training(rows, mark=lambda axes, env: drawing.draw_optimum(axes, optimum(env))):
     """Return over training, a panel for each environment, in which `mark(axes, env)` draws what is known of it."""
     envs = study.envs(rows)
-    page, panels = drawing.figure(4.6 * len(envs), 3.6, 1, len(envs))
-    for axes, env in zip(panels[0], envs, strict=True):
+    height, width = math.ceil(len(envs) / 4), min(len(envs), 4)
+    page, panels = drawing.figure(4.6 * width, 3.6 * height, height, width)
+    for axes in panels.flat[len(envs) :]:
+        axes.remove()
+    for axes, env in zip(panels.flat, envs, strict=False):
         seen = []
         for label, variant in study.variants(rows, env).items():
             color = drawing.algorithm_color(label)  # variants of one algorithm differ in their lines
@@ -227,7 +231,8 @@ def draw_over_training(rows, mark=lambda axes, env: drawing.draw_optimum(axes, o
         axes.set(title=env, xlabel="environment steps (thousands)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    panels[0][0].set_ylabel("greedy return per episode")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("greedy return per episode")
     return page
 
 
