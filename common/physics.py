@@ -14,6 +14,7 @@ import functools
 import importlib
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -109,10 +110,15 @@ class Physics(environment.Environment[EnvState, EnvParams]):
             state = self.task.reset(key)
             return self.pack(state.replace(info={k: v for k, v in state.info.items() if k != "rng"}))
 
-        with jax.ensure_compile_time_eval():
+        def make():
             options = devices.known_options(COMPILE_FAST) if jax.default_backend() == "cpu" else None
             made = jax.jit(jax.vmap(start), compiler_options=options)(random.split(random.key(0), NUM_STARTS))
-            made = jax.device_get(made)
+            return jax.device_get(made)
+
+        # in a thread of its own no transformation surrounds it; with jax.ensure_compile_time_eval() each operation on
+        # constants would be compiled by itself, which takes most of the time
+        with ThreadPoolExecutor(1) as thread:
+            made = thread.submit(make).result()
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), made)
         return not_empty(made), like
 
