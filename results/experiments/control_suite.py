@@ -104,24 +104,34 @@ def mark_published(after_100k, axes, task):
     mark(axes, task, value, f"SAC at {steps}k, published")
 
 
-def experiment(title, question, cells, criterion, notes, quick=(), mark=scale, **fields):
+def experiment(
+    title,
+    question,
+    cells,
+    criterion,
+    notes,
+    quick=(),
+    measure=training.learning_curves,
+    table=study.return_table,
+    mark=scale,
+):
     """An experiment on the returns of some runs, of which those named by `quick`, or the first, stand for all."""
-    quick = quick or [next(iter(cells))]
-    fields = {"measure": training.learning_curves, "table": study.return_table} | fields
+    first = next(iter(cells))
     return Experiment(
         title=title,
         question=question,
         cells=cells,
+        measure=measure,
         criterion=criterion,
         notes=notes,
+        table=table,
         draw=functools.partial(draw_over_training, mark=mark),
-        quick=lambda cells: training.smaller(cells, *quick),
-        sample=study.returns_sample(next(iter(cells.values())).seeds, "8 episodes"),
-        **fields,
+        quick=lambda cells: training.smaller(cells, *(quick or [first])),
+        sample=study.returns_sample(cells[first].seeds, "8 episodes"),
     )
 
 
-def beside_published(title, question, cells, notes, after_100k=AFTER_100K, **fields):
+def beside_published(title, question, cells, notes, after_100k=AFTER_100K, measure=training.learning_curves):
     """An experiment on the returns of SAC beside published ones."""
     return experiment(
         title,
@@ -132,9 +142,9 @@ def beside_published(title, question, cells, notes, after_100k=AFTER_100K, **fie
             functools.partial(reached, after_100k),
         ),
         f"{notes} A dashed line is the published return.",
-        mark=functools.partial(mark_published, after_100k),
+        measure=measure,
         table=functools.partial(table, after_100k),
-        **fields,
+        mark=functools.partial(mark_published, after_100k),
     )
 
 
