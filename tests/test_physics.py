@@ -1,5 +1,6 @@
 """Physics engines as environments: a task by hand through the adapter, and a few steps of the engines' own tasks."""
 
+import contextlib
 import importlib
 import sys
 from types import SimpleNamespace
@@ -73,6 +74,29 @@ def test_reset_and_the_resets_within_step_draw_from_two_halves(counter):
     np.testing.assert_allclose(
         np.bincount(obs[:, 0].astype(int)), np.bincount(xs[128:].astype(int)) * 2000 / 128, rtol=0.3
     )
+
+
+@pytest.mark.parametrize("around", [jax.ensure_compile_time_eval, contextlib.nullcontext])
+def test_start_states_are_made_by_one_program(around):
+    """Operations on constants are part of it, also where the environment is made while another program is traced."""
+    staged = []
+
+    class Recorder(Counter):
+        def reset(self, rng):
+            staged.append(isinstance(jnp.zeros(1) + 1, jax.core.Tracer))
+            return super().reset(rng)
+
+    env = physics.Physics(Recorder(), [-8.0], [8.0])
+
+    @jax.jit
+    def reset(key):
+        with around():
+            made = env.starts[0]
+        assert all(type(x) is np.ndarray for x in made)
+        return env.reset(key)
+
+    reset(random.key(0))
+    assert staged == [True]
 
 
 def test_state_that_becomes_nan_ends_the_episode(counter):
