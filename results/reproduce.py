@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import importlib.util
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -184,4 +185,5 @@ def claims_table(names, page=""):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which systems of jobs send: an interrupt too
     main()

@@ -238,17 +238,26 @@ def test_what_is_measured_is_kept_and_what_is_missing_measured(squares, tmp_path
     assert measured == [2, 3, 3]
 
 
-def test_interrupt_waits_until_the_current_run_has_saved(monkeypatch, capsys, tmp_path):
-    """A stand-in for a run saves half a second after an interrupt, which reaches both processes as from a terminal."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupt_waits_until_the_current_run_has_saved(times, monkeypatch, capsys, tmp_path):
+    """A stand-in for a run saves half a second after the first interrupt, and a second one ends it.
+
+    The interrupts are sent to this process alone, and a terminal's do not reach the run.
+    """
     script = f"""
 import os, pathlib, signal, time
 def save(*_):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     time.sleep(0.5)
+    if {times} == 2:
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
     pathlib.Path({str(tmp_path / "saved")!r}).touch()
     raise SystemExit(130)
 signal.signal(signal.SIGINT, save)
+assert os.getsid(0) == os.getpid()
 os.kill(os.getppid(), signal.SIGINT)
-os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
 """
     monkeypatch.setattr(training, "WORK", tmp_path)
     monkeypatch.setattr(training, "source", lambda run: script)
@@ -258,8 +267,8 @@ os.kill(os.getpid(), signal.SIGINT)
             training.train(training.Run("td3", "Pendulum-v1", change="stand-in"))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert (tmp_path / "saved").exists()
-    assert "waiting for the current run to save" in capsys.readouterr().err
+    assert (tmp_path / "saved").exists() == (times == 1)
+    assert capsys.readouterr().err.count("waiting for the current run to save") == times
 
 
 @pytest.mark.quick

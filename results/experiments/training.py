@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -150,17 +151,24 @@ def train(run):
     begun = record.seed_folder(group, run.seeds - 1).exists()  # perhaps with more seeds, for another experiment
     command = [sys.executable, path, "--env", run.env, "--num-seeds", str(run.seeds), *run.flags.split()]
     command += ["--out", WORK / "runs", "--name", group.name, "--no-plot", *["--resume"] * begun]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    with process:
-        try:
-            _, message = process.communicate()
-        except KeyboardInterrupt:  # which the terminal sends to the run too
-            print("waiting for the current run to save; interrupt again to stop at once", file=sys.stderr)
-            process.communicate()
-            raise
+    # in a session of its own, so that an interrupt comes from here alone, whoever sent it
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, **options) as process:
+        message = wait(process)
     if process.returncode not in (0, 1):  # 1: a seed diverged, which its rows show
         raise SystemExit(f"error: {run.algorithm} on {run.env}: {message.strip()}")
     return group
+
+
+def wait(process):
+    """What a process writes to standard error until it ends; each interrupt is passed on to it."""
+    try:
+        return process.communicate()[1]
+    except KeyboardInterrupt:
+        print("waiting for the current run to save; interrupt again to stop at once", file=sys.stderr)
+        process.send_signal(signal.SIGINT)
+        wait(process)
+        raise
 
 
 def learning_curves(run):
