@@ -6,6 +6,7 @@ recomputes nothing. For the same reason the runs train copies of the algorithm f
 
 import ast
 import contextlib
+import functools
 import hashlib
 import inspect
 import os
@@ -76,6 +77,7 @@ def smaller(cells, *names):
 # Keys
 
 
+@functools.cache
 def code(text):
     """Python source without comments and docstrings."""
     tree = ast.parse(text)
