@@ -1,4 +1,4 @@
-"""The benchmark's group `gpu`, at small sizes on a CPU, and what it asks of peers."""
+"""The benchmark's group `gpu`, at small sizes on a CPU, what it asks of peers, and where it was measured."""
 
 import re
 import signal
@@ -64,3 +64,10 @@ def test_a_peer_that_hangs_ends_the_benchmark(monkeypatch):
 def test_command_of_a_peer():
     command = benchmark.peer_command({"sbx": "python"}, "sbx", "sac", 500, hidden=256, returns=True)
     assert [str(word) for word in command[2:]] == ["sbx", "SAC", "--steps", "500", "--hidden", "256", "--returns"]
+
+
+@pytest.mark.quick
+def test_a_group_that_was_measured_elsewhere_says_so():
+    measured = {"origins": {"peers": "on A", "goal": "on A", "discrete": "on B"}}
+    assert benchmark.origin(measured, ("peers", "goal")) == "on A"
+    assert benchmark.origin(measured, measured["origins"]) == "on A (peers, goal); on B (discrete)"

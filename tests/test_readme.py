@@ -157,4 +157,4 @@ def test_every_number_of_the_speed_tables_is_the_measured_one():
         found = [line for line in lines if line.startswith(f"| {algorithm} | {case.removesuffix(', updates/s')} |")]
         assert found
         assert all(re.search(rf"[ ,]{re.escape(number)}\b", " ".join(found)) for number in numbers)
-    assert measured["machine"] in README
+    assert measured["origins"]["peers"] in README

@@ -5,10 +5,10 @@
     python results/benchmark/benchmark.py --only WORD ...  only these groups; the other rows of `benchmark.json` remain
     python results/benchmark/benchmark.py --redraw         only the tables, from `benchmark.json`; measures nothing
 
-Groups: peers, on_policy, steps, goal, returns, floor, skeleton, buffer, seeds, hosts, memory, compile, command,
-physics, physics_returns, gpu. Measurements that are compared are interleaved, one turn of each after the other; the
-numbers are medians of `--turns` turns after a warm-up turn. Close other programs. The last three need the extras of the
-physics engines; without a GPU the rows of `gpu` have no numbers.
+Groups: peers, discrete, on_policy, steps, goal, returns, floor, skeleton, buffer, seeds, hosts, memory, compile,
+command, physics, physics_returns, gpu. Measurements that are compared are interleaved, one turn of each after the
+other; the numbers are medians of `--turns` turns after a warm-up turn. Close other programs. The last three need the
+extras of the physics engines; without a GPU the rows of `gpu` have no numbers.
 """
 
 import argparse
@@ -389,7 +389,7 @@ def updates_row(name, what, value, text, ratio):
 
 
 def measure_peers(turns, pythons):
-    """Updates per second and peak memory on the same work as each peer."""
+    """Updates per second and peak memory of TD3 and SAC on the same work as each peer."""
     cases = [  # algorithm, hidden, buffer, seeds, steps per turn of each peer
         ("td3", 64, 50_000, 1, {"rejax": 4000, "sbx": 2000, "sb3": 500}),
         ("sac", 64, 50_000, 1, {"rejax": 4000, "sbx": 2000, "sb3": 500}),
@@ -398,22 +398,34 @@ def measure_peers(turns, pythons):
         ("td3", 64, 1_000_000, 1, {"rejax": 1000}),
         ("td3", 64, 50_000, 8, {"rejax": 2000}),
         ("sac", 64, 50_000, 8, {"rejax": 2000}),
-        ("dqn", 64, 50_000, 1, {"rejax": 4000, "cleanrl": 2000, "sbx": 2000, "sb3": 1000}),
     ]
     for name, hidden, buffer, seeds, steps in cases if pythons else ():
         fields = {"hidden_sizes": [hidden, hidden], "buffer_size": buffer}
         fields |= {"steps_per_epoch": 1000} if hidden == 256 or seeds > 1 else {}
-        fields |= DISCRETE.get(name, {})
-        commands = [command_of("epochs", name, fields | {"num_envs": n}, seeds) for n in (8, 1)]
-        sizes = {"hidden": hidden, "buffer": buffer, "seeds": seeds}
-        commands += [peer_command(pythons, peer, name, number, **sizes) for peer, number in steps.items()]
-        (ours, peak), (one_env, _), *theirs = take_turns(turns, *commands)
         many = f"{seeds} seeds, " if seeds > 1 else ""
-        for peer, (rate, peer_peak) in zip(steps, theirs, strict=True):
-            text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f} ({one_env / rate:.1f} x with num_envs 1); "
-            text += f"memory {peak / 2**20:,.0f} MiB, {peer_peak / 2**20:,.0f} MiB"
-            what = f"{many}{hidden} x {hidden}, buffer of {buffer:,}" + ", CartPole-v1" * (name in DISCRETE)
-            yield updates_row(name, what, ours, text, ours / rate)
+        what = f"{many}{hidden} x {hidden}, buffer of {buffer:,}"
+        sizes = {"hidden": hidden, "buffer": buffer, "seeds": seeds}
+        yield from rows_beside_peers(turns, pythons, name, what, fields, sizes, steps)
+
+
+def measure_discrete(turns, pythons):
+    """DQN's updates per second with the target of each peer: rejax has double Q-learning, the others do not."""
+    cases = [(True, {"rejax": 4000}), (False, {"cleanrl": 2000, "sbx": 2000, "sb3": 1000})]
+    for double, steps in cases if pythons else ():
+        fields = DISCRETE["dqn"] | {"hidden_sizes": [64, 64], "buffer_size": 50_000, "double": double}
+        what = "64 x 64, buffer of 50,000, CartPole-v1" + ", double" * double
+        yield from rows_beside_peers(turns, pythons, "dqn", what, fields, {}, steps)
+
+
+def rows_beside_peers(turns, pythons, name, what, fields, sizes, steps):
+    """A row for each peer of `steps`, by its steps in a turn: updates per second and memory, ours and the peer's."""
+    commands = [command_of("epochs", name, fields | {"num_envs": n}, sizes.get("seeds", 1)) for n in (8, 1)]
+    commands += [peer_command(pythons, peer, name, number, **sizes) for peer, number in steps.items()]
+    (ours, peak), (one_env, _), *theirs = take_turns(turns, *commands)
+    for peer, (rate, peer_peak) in zip(steps, theirs, strict=True):
+        text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f} ({one_env / rate:.1f} x with num_envs 1); "
+        text += f"memory {peak / 2**20:,.0f} MiB, {peer_peak / 2**20:,.0f} MiB"
+        yield updates_row(name, what, ours, text, ours / rate)
 
 
 def measure_on_policy(turns, pythons):
@@ -688,10 +700,10 @@ def table(measured):
     lines = [
         "Pendulum-v1, default configurations except where stated, ReLU networks, one update per environment step.",
         "Per 20 environment steps svg_model makes one update of the policy, from 64 rollouts, and 8 of the model.",
-        f"Medians of {measured['turns']} turns; memory is the peak of a process, first Amortax, then the peer. Peers:",
+        "Memory is the peak of a process, first Amortax, then the peer. Peers:",
         f"{', '.join(measured['peers'].values()) or 'not measured'}.",
         "",
-        f"`python results/benchmark/benchmark.py --peers FOLDER`, on {measured['machine']}.",
+        f"`python results/benchmark/benchmark.py --peers FOLDER`: {origin(measured, measured['groups'])}.",
         "",
         "| algorithm | case | measured | compared with |",
         "|---|---|---|---|",
@@ -700,10 +712,20 @@ def table(measured):
     return lines + [f"| {row['algorithm']} | {row['what']} | {row['measured']} | {row['beside']} |" for row in rows]
 
 
+def origin(measured, groups):
+    """How and where groups were measured, as text, with their names where they differ."""
+    named = {}
+    for group in groups:
+        named.setdefault(measured["origins"][group], []).append(group)
+    if len(named) == 1:
+        return next(iter(named))
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in named.items())
+
+
 def short_table(measured):
     """The table of the README in Markdown: a line for each of the `QUOTED` cases, and a column for each peer."""
-    names = [NAMES[peer] for peer in COLUMNS]
-    rows = [row for group in ("peers", "goal") for row in measured["groups"].get(group, ())]
+    names, groups = [NAMES[peer] for peer in COLUMNS], ("peers", "goal")
+    rows = [row for group in groups for row in measured["groups"].get(group, ())]
     lines = [f"| algorithm | case | Amortax | {' | '.join(names)} |", "|---|---|---|---|---|---|"]
     for algorithm, what in QUOTED:
         found = [row for row in rows if (row["algorithm"], row["what"]) == (algorithm, what)]
@@ -716,9 +738,8 @@ def short_table(measured):
     return [
         *lines,
         "",
-        "Pendulum-v1, ReLU networks, one update per environment step. Rates are medians of "
-        f"{measured['turns']} turns, times",
-        f"of 3 seeds from empty caches, on {measured['machine']};",
+        "Pendulum-v1, ReLU networks, one update per environment step. Times are medians of 3 seeds, from empty caches;",
+        f"rates are {origin(measured, groups)};",
         f"{', '.join(text for peer, text in measured['peers'].items() if peer in COLUMNS)}.",
     ]
 
@@ -741,11 +762,11 @@ def main():
         write_tables(json.loads(path.read_text()))
         return
     pythons = install(arguments.peers) if arguments.peers else {}
-    measured = json.loads(path.read_text()) if path.exists() else {"groups": {}, "peers": {}}
-    measured |= {"machine": machine(), "turns": arguments.turns}
+    measured = json.loads(path.read_text()) if path.exists() else {"groups": {}, "origins": {}, "peers": {}}
     measured["peers"] |= {peer: version_of(peer) for peer in pythons}
     for group in arguments.only:
         measured["groups"][group] = []
+        measured["origins"][group] = f"medians of {arguments.turns} turns on {machine()}"
         for row in GROUPS[group](arguments.turns, pythons):
             measured["groups"][group].append(row)
             print(f"| {row['algorithm']} | {row['what']} | {row['measured']} | {row['beside']} |", flush=True)
