@@ -71,3 +71,10 @@ def test_a_group_that_was_measured_elsewhere_says_so():
     measured = {"origins": {"peers": "on A", "goal": "on A", "discrete": "on B"}}
     assert benchmark.origin(measured, ("peers", "goal")) == "on A"
     assert benchmark.origin(measured, measured["origins"]) == "on A (peers, goal); on B (discrete)"
+
+
+@pytest.mark.quick
+def test_tables_of_a_first_measurement_of_one_group():
+    measured = {"groups": {"gpu": []}, "origins": {"gpu": "5 turns on A"}, "peers": {}}
+    assert "`python results/benchmark/benchmark.py --peers FOLDER`: 5 turns on A." in benchmark.table(measured)
+    assert benchmark.short_table(measured)[1] == "|---|---|---|---|---|---|"

@@ -400,28 +400,27 @@ def measure_peers(turns, pythons):
         ("sac", 64, 50_000, 8, {"rejax": 2000}),
     ]
     for name, hidden, buffer, seeds, steps in cases if pythons else ():
-        fields = {"hidden_sizes": [hidden, hidden], "buffer_size": buffer}
-        fields |= {"steps_per_epoch": 1000} if hidden == 256 or seeds > 1 else {}
-        many = f"{seeds} seeds, " if seeds > 1 else ""
-        what = f"{many}{hidden} x {hidden}, buffer of {buffer:,}"
-        sizes = {"hidden": hidden, "buffer": buffer, "seeds": seeds}
-        yield from rows_beside_peers(turns, pythons, name, what, fields, sizes, steps)
+        fields = {"steps_per_epoch": 1000} if hidden == 256 or seeds > 1 else {}
+        yield from rows_beside_peers(turns, pythons, name, steps, fields, hidden, buffer, seeds)
 
 
 def measure_discrete(turns, pythons):
     """DQN's updates per second with the target of each peer: rejax has double Q-learning, the others do not."""
     cases = [(True, {"rejax": 4000}), (False, {"cleanrl": 2000, "sbx": 2000, "sb3": 1000})]
     for double, steps in cases if pythons else ():
-        fields = DISCRETE["dqn"] | {"hidden_sizes": [64, 64], "buffer_size": 50_000, "double": double}
-        what = "64 x 64, buffer of 50,000, CartPole-v1" + ", double" * double
-        yield from rows_beside_peers(turns, pythons, "dqn", what, fields, {}, steps)
+        fields = DISCRETE["dqn"] | {"double": double}
+        yield from rows_beside_peers(turns, pythons, "dqn", steps, fields, also=", CartPole-v1" + ", double" * double)
 
 
-def rows_beside_peers(turns, pythons, name, what, fields, sizes, steps):
+def rows_beside_peers(turns, pythons, name, steps, fields, hidden=64, buffer=50_000, seeds=1, also=""):
     """A row for each peer of `steps`, by its steps in a turn: updates per second and memory, ours and the peer's."""
-    commands = [command_of("epochs", name, fields | {"num_envs": n}, sizes.get("seeds", 1)) for n in (8, 1)]
+    fields = fields | {"hidden_sizes": [hidden, hidden], "buffer_size": buffer}
+    commands = [command_of("epochs", name, fields | {"num_envs": n}, seeds) for n in (8, 1)]
+    sizes = {"hidden": hidden, "buffer": buffer, "seeds": seeds}
     commands += [peer_command(pythons, peer, name, number, **sizes) for peer, number in steps.items()]
     (ours, peak), (one_env, _), *theirs = take_turns(turns, *commands)
+    many = f"{seeds} seeds, " if seeds > 1 else ""
+    what = f"{many}{hidden} x {hidden}, buffer of {buffer:,}{also}"
     for peer, (rate, peer_peak) in zip(steps, theirs, strict=True):
         text = f"{ours / rate:.1f} x {NAMES[peer]}, {rate:,.0f} ({one_env / rate:.1f} x with num_envs 1); "
         text += f"memory {peak / 2**20:,.0f} MiB, {peer_peak / 2**20:,.0f} MiB"
@@ -700,7 +699,7 @@ def table(measured):
     lines = [
         "Pendulum-v1, default configurations except where stated, ReLU networks, one update per environment step.",
         "Per 20 environment steps svg_model makes one update of the policy, from 64 rollouts, and 8 of the model.",
-        "Memory is the peak of a process, first Amortax, then the peer. Peers:",
+        "Rates are medians over turns; memory is the peak of a process, first Amortax, then the peer. Peers:",
         f"{', '.join(measured['peers'].values()) or 'not measured'}.",
         "",
         f"`python results/benchmark/benchmark.py --peers FOLDER`: {origin(measured, measured['groups'])}.",
@@ -724,8 +723,9 @@ def origin(measured, groups):
 
 def short_table(measured):
     """The table of the README in Markdown: a line for each of the `QUOTED` cases, and a column for each peer."""
-    names, groups = [NAMES[peer] for peer in COLUMNS], ("peers", "goal")
-    rows = [row for group in groups for row in measured["groups"].get(group, ())]
+    names = [NAMES[peer] for peer in COLUMNS]
+    groups = [group for group in ("peers", "goal") if group in measured["groups"]]
+    rows = [row for group in groups for row in measured["groups"][group]]
     lines = [f"| algorithm | case | Amortax | {' | '.join(names)} |", "|---|---|---|---|---|---|"]
     for algorithm, what in QUOTED:
         found = [row for row in rows if (row["algorithm"], row["what"]) == (algorithm, what)]
@@ -738,8 +738,8 @@ def short_table(measured):
     return [
         *lines,
         "",
-        "Pendulum-v1, ReLU networks, one update per environment step. Times are medians of 3 seeds, from empty caches;",
-        f"rates are {origin(measured, groups)};",
+        "Pendulum-v1, ReLU networks, one update per environment step. Rates are medians over turns, times over 3",
+        f"seeds, from empty caches: {origin(measured, groups)};",
         f"{', '.join(text for peer, text in measured['peers'].items() if peer in COLUMNS)}.",
     ]
 
@@ -766,7 +766,7 @@ def main():
     measured["peers"] |= {peer: version_of(peer) for peer in pythons}
     for group in arguments.only:
         measured["groups"][group] = []
-        measured["origins"][group] = f"medians of {arguments.turns} turns on {machine()}"
+        measured["origins"][group] = f"{arguments.turns} turns on {machine()}"
         for row in GROUPS[group](arguments.turns, pythons):
             measured["groups"][group].append(row)
             print(f"| {row['algorithm']} | {row['what']} | {row['measured']} | {row['beside']} |", flush=True)
