@@ -125,9 +125,8 @@ def cpu_compiler_options():
     """
     path = ROOT / "proc/cpuinfo"
     intel = path.exists() and "GenuineIntel" in path.read_text()
-    options = {} if intel else {"xla_cpu_prefer_vector_width": 512}
-    options |= {"xla_backend_optimization_level": 2}
-    return known_options(options)
+    vectors = {} if intel else {"xla_cpu_prefer_vector_width": 512}
+    return known_options({"xla_backend_optimization_level": 2} | vectors)
 
 
 def known_options(options):
