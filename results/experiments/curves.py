@@ -88,8 +88,8 @@ REACHED = {  # final returns of solved tasks
 }
 MINATAR_PPO = (
     "--total-steps 1966080 --steps-per-epoch 196608 --num-envs 64 --num-steps 128 --update-epochs 4 --num-minibatches 8"
-    " --actor-learning-rate 5e-3 --critic-learning-rate 5e-3 --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.01"
-    " --activation relu"
+    " --actor-learning-rate 3e-3 --critic-learning-rate 3e-3 --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.03"
+    " --hidden-sizes 128 128 --activation relu"
 )
 MINATAR_DQN = (
     "--total-steps 999872 --steps-per-epoch 99488 --learning-starts 4992 --num-envs 8 --num-steps 4 --utd-ratio 0.25"
@@ -325,9 +325,11 @@ EXPERIMENTS = {
             + ".",
             functools.partial(reach, {f"ppo on {env}": least for env, least in GAMES.items()}),
         ),
-        notes="Images are flattened, and networks have two layers of 64 units, without convolutions. PPO has the "
-        "published settings of PureJaxRL for these games, but a fifth of its steps. DQN makes an update "
-        "every four steps.",
+        notes="Images are flattened, and networks have two layers without convolutions, of 64 units for DQN and of 128 "
+        "for PPO. The other settings of PPO are those that PureJaxRL publishes for these games, but a fifth of its "
+        "steps, 0.003 instead of 0.005 as the step size and 0.03 instead of 0.01 as the weight of the entropy: with "
+        "less, most seeds on Breakout settle for a path of the ball that hits no further brick until the episode's "
+        "time limit. DQN makes an update every four steps.",
         table=length_table,
         draw=draw_over_training,
         quick=lambda cells: training.smaller(cells, "dqn on Breakout-MinAtar", "ppo on Breakout-MinAtar"),
