@@ -233,9 +233,6 @@ EXPERIMENTS = {
         f"td3 on {SMALL}",
         PROVED,
     ),
-    "amortization_gap_physics": experiment(
-        "spinning and running",
-        on("FingerSpin", "CheetahRun"),
-        "td3 on FingerSpin",
-    ),
+    "amortization_gap_spinning": experiment("spinning", on("FingerSpin"), "td3 on FingerSpin"),
+    "amortization_gap_running": experiment("running", on("CheetahRun"), "td3 on CheetahRun"),
 }
