@@ -93,7 +93,7 @@ MINATAR_PPO = (
 )
 MINATAR_DQN = (
     "--total-steps 999872 --steps-per-epoch 99488 --learning-starts 4992 --num-envs 8 --num-steps 4 --utd-ratio 0.25"
-    " --learning-rate 3e-4 --epsilon-steps 100000 --epsilon-end 0.02"
+    " --batch-size 32 --learning-rate 3e-4 --epsilon-steps 100000 --epsilon-end 0.02"
 )
 GAMES = {"Breakout-MinAtar": 55, "SpaceInvaders-MinAtar": 135}  # final returns asked of ppo
 MINATAR = {
