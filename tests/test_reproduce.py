@@ -25,8 +25,6 @@ README = (RESULTS / "README.md").read_text()
 NAMES = sorted(reproduce.EXPERIMENTS)
 QUICK = (  # one for each way of measuring; the others have the same with other flags
     "curves_discrete",  # two algorithms on the command line
-    "curves_minatar",  # dqn and ppo on images
-    "short_windows",  # shac
     "action_repeat",
     "overestimation",  # in this process; one of its files is changed
     "smooth_costs",
