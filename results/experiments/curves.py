@@ -327,9 +327,9 @@ EXPERIMENTS = {
         ),
         notes="Images are flattened, and networks have two layers without convolutions, of 64 units for DQN and of 128 "
         "for PPO. The other settings of PPO are those that PureJaxRL publishes for these games, but a fifth of its "
-        "steps, 0.003 instead of 0.005 as the step size and 0.03 instead of 0.01 as the weight of the entropy: with "
-        "less, most seeds on Breakout settle for a path of the ball that hits no further brick until the episode's "
-        "time limit. DQN makes an update every four steps.",
+        "steps, 0.003 instead of 0.005 as the step size and 0.03 instead of 0.01 as the weight of the entropy. The "
+        "weaker seeds on Breakout lose the ball at the same point of every episode. DQN makes an update every four "
+        "steps.",
         table=length_table,
         draw=draw_over_training,
         quick=lambda cells: training.smaller(cells, "dqn on Breakout-MinAtar", "ppo on Breakout-MinAtar"),
