@@ -45,7 +45,9 @@ def next_position(runs, first, num_epochs, resumed=True):
 
 
 def num_kept(run, num_epochs):
-    """After how many epochs the last state of a shorter run is, of which the metrics are there; 0 without one."""
+    """After how many epochs the last state of a shorter run is; 0 without one, or where a kill left it ahead of the
+    metrics, which are written after it.
+    """
     epochs = checkpoint.kept_epochs(run.folder)
     return epochs if epochs < num_epochs and epochs <= record.num_rows(run.folder) else 0
 

@@ -228,9 +228,9 @@ def write(run, rows, params, best, state, log):
     policy.save(run.folder, params)
     if best is not None:
         policy.save(run.folder, best, "best")
-    record.write_rows(run.folder / "metrics.csv", rows)  # after the policies: its rows tell that a run is complete
     if state is not None:
         checkpoint.keep(run.folder, len(rows), state)
+    record.write_rows(run.folder / "metrics.csv", rows)  # last: its rows tell that a run is complete
     log(run.folder, rows)
 
 
