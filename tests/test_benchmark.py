@@ -23,6 +23,7 @@ def test_rows_without_a_gpu_have_no_numbers(monkeypatch):
     assert {(row["measured"], row["value"]) for row in rows} == {("not measured", None)}
 
 
+@pytest.mark.slow
 def test_commands_of_the_gpu_run(monkeypatch):
     """On the CPU, which says that it is a GPU."""
     small(monkeypatch)

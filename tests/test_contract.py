@@ -43,9 +43,9 @@ every_actor_critic = pytest.mark.parametrize("name", ACTOR_CRITIC)
 
 
 @functools.cache
-def run(name, key, jit=jax.jit):
+def run(name, key):
     """A run by `init` and `epoch`, compiled apart and the state donated: `(state, metrics)`, as from `train`."""
-    config, compiled, metrics = CONFIGS[name], programs(name, jit), []
+    config, compiled, metrics = CONFIGS[name], programs(name, exact_jit), []
     state = compiled.init(config, random.key(key))
     for _ in range(ALGORITHMS[name].num_epochs(config)):
         state, epoch_metrics = compiled.epoch(config, state)
@@ -55,23 +55,31 @@ def run(name, key, jit=jax.jit):
 
 @every_file
 def test_a_run_is_finite_and_its_metrics_have_an_axis_of_epochs(name):
-    config, (state, metrics) = CONFIGS[name], run(name, 3)
-    assert ALGORITHMS[name].num_epochs(config) == 2
+    """In episodes of three steps, where the last observation is NaN: no target, loss or parameter depends on it."""
+    module, env = ALGORITHMS[name], "LastObsNaNDiscrete-test" if name == "dqn" else "LastObsNaN-test"
+    config, env = replace(CONFIGS[name], env=env), module.make_env(env)
+    env_state, _ = env.reset(random.key(0))
+    last = env_state.replace(time=2), jnp.zeros(env.action_dim), random.key(0)
+    _, _, _, next_obs, terminated, _ = env.step(*last)
+    assert terminated
+    assert np.isnan(next_obs).all()
+    state, metrics = jax.jit(module.train)(config, random.key(0))
+    for x in leaves((metrics, state.params, state.opt_state if hasattr(state, "opt_state") else ())):
+        assert np.isfinite(x).all()
+    assert module.num_epochs(config) == 2
     assert metrics.eval_returns.shape == (2, config.num_eval_episodes)
     for field, values in metrics._asdict().items():
         assert values.shape[0] == 2
         assert field == "eval_returns" or values.ndim == 1
-    for x in leaves((metrics, state)):
-        assert np.isfinite(x).all()
     if name in ACTOR_CRITIC:
         assert metrics.step.tolist() == [80, 96]
-        assert state.buffer.shape == (72, 9)
+        assert state.buffer.shape == (72, 5)
 
 
-@pytest.mark.parametrize("name", ["td3", "fqi", "svg_model"])
+@pytest.mark.parametrize("name", ["td3", "fqi"])
 def test_train_equals_init_and_epochs(name):
-    """Bitwise; `train` is the same code in all files."""
-    assert_same(run(name, 3, exact_jit), programs(name, exact_jit).train(CONFIGS[name], random.key(3)))
+    """Bitwise; `train` is the same code in all files, but for those of fitted Q-iteration."""
+    assert_same(run(name, 3), programs(name, exact_jit).train(CONFIGS[name], random.key(3)))
 
 
 def test_one_seed_of_many_equals_that_seed_alone():
@@ -79,7 +87,7 @@ def test_one_seed_of_many_equals_that_seed_alone():
     keys = jax.vmap(random.key)(jnp.arange(3))
     runs = exact_jit(lambda config, keys: lax.map(lambda key: td3.train(config, key), keys))(CONFIGS["td3"], keys)
     for i in range(3):
-        assert_same(jax.tree.map(lambda x, i=i: x[i], runs), run("td3", i, exact_jit))
+        assert_same(jax.tree.map(lambda x, i=i: x[i], runs), run("td3", i))
 
 
 def test_vmap_over_configs_and_seeds_equals_separate_runs():
@@ -342,21 +350,6 @@ def test_values_stop_at_a_termination_and_not_at_a_time_limit(name, env):
         np.testing.assert_allclose(values, (1 - 0.9 ** (10 - np.arange(10))) / (1 - 0.9), rtol=0.05)
 
 
-@every_file
-def test_last_observation_of_a_terminated_episode_may_be_nan(name):
-    """No target, loss or parameter depends on it, in episodes of three steps."""
-    module, env = ALGORITHMS[name], "LastObsNaNDiscrete-test" if name == "dqn" else "LastObsNaN-test"
-    config, env = replace(CONFIGS[name], env=env), module.make_env(env)
-    env_state, _ = env.reset(random.key(0))
-    last = env_state.replace(time=2), jnp.zeros(env.action_dim), random.key(0)
-    _, _, _, next_obs, terminated, _ = env.step(*last)
-    assert terminated
-    assert np.isnan(next_obs).all()
-    state, metrics = jax.jit(module.train)(config, random.key(0))
-    for x in leaves((metrics, state.params, state.opt_state if hasattr(state, "opt_state") else ())):
-        assert np.isfinite(x).all()
-
-
 @every_actor_critic
 def test_comes_close_to_the_best_linear_quadratic_cost(name):
     """Within a tenth of the best; with a wrong sign in the actor's loss the cost is over fifty times that."""
@@ -365,9 +358,11 @@ def test_comes_close_to_the_best_linear_quadratic_cost(name):
     own = {field: value for field, value in own.items() if hasattr(module.Config, field)}
     config = module.Config(
         env="LQR1-v0",
-        total_steps=7000,
-        steps_per_epoch=6000,
+        total_steps=5000,
+        steps_per_epoch=4000,
         num_eval_episodes=1,
+        batch_size=64,
+        learning_rate=2e-3,
         gamma=0.9,
         hidden_sizes=(256,),
         **own,

@@ -57,6 +57,17 @@ def one_process(tmp_path_factory):
     return contents(group(out))
 
 
+def test_interrupted_then_finished_by_one_process(monkeypatch, one_process, tmp_path):
+    """An interrupt of one of two processes saves what all devices train; one process finishes, with its own files."""
+    (first, second) = stopped(start(tmp_path, *RUN, num_devices=2), signal.SIGTERM)
+    assert (first[0], second[0]) == (130, 130), first[2] + second[2]
+    assert "interrupted and saved after" in first[1]
+    assert contents(group(tmp_path)) != one_process
+    assert execute(monkeypatch, tmp_path, *RUN, "--resume") == 0
+    assert contents(group(tmp_path)) == one_process
+
+
+@pytest.mark.slow
 def test_interrupted_then_lost_then_finished_by_more_processes(one_process, tmp_path):
     """Four devices of two processes train three seeds, and an interrupt of one process saves all; two devices resume,
     and a kill of one process ends the other; three processes finish, with the files of one process.

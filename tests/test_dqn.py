@@ -299,6 +299,7 @@ def test_updates_find_the_values_of_a_random_process(loss):
     np.testing.assert_allclose(dqn.q_values(config, params.critic, eye), expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_balances_the_pole():
     """The mean of four seeds after 50,000 steps; random actions balance it for about 22 steps."""
     config = dqn.Config(num_eval_episodes=16, steps_per_epoch=49_000)

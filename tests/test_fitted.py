@@ -681,6 +681,7 @@ def test_amortized_policies_come_close_to_the_best_linear_quadratic_cost(name):
 
 
 # This seed gives about -133, and -1,334 in FQI with a solver that cannot cross the box (2 starts, 6 steps).
+@pytest.mark.slow
 @every_file
 def test_learns_pendulum(name):
     counts = {"num_iterations": 20, "iterations_per_epoch": 20, "fit_steps": 300}

@@ -301,8 +301,10 @@ def test_film_of_an_environment_without_a_drawing(tmp_path):
 def draw_three(name):
     """Frames of an environment's first states, one for each of three keys, as bytes `[3, height, width, 3]`."""
     env, env_params = gymnax.make(name)
-    obs, states = zip(*(env.reset(jax.random.key(seed), env_params) for seed in range(3)), strict=True)
-    frames = film.draw(name, jax.device_get(states), np.stack(obs), np.arange(3.0))
+    reset = jax.jit(jax.vmap(env.reset, in_axes=(0, None)))
+    obs, states = jax.device_get(reset(jax.vmap(jax.random.key)(np.arange(3)), env_params))
+    states = [jax.tree.map(lambda x, i=i: x[i], states) for i in range(3)]
+    frames = film.draw(name, states, obs, np.arange(3.0))
     return np.stack([np.asarray(frame.convert("RGB"), int) for frame in frames])
 
 

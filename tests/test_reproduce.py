@@ -23,18 +23,11 @@ from amortax.common import lqr, play
 ROOT, RESULTS = study.ROOT, study.RESULTS
 README = (RESULTS / "README.md").read_text()
 NAMES = sorted(reproduce.EXPERIMENTS)
-QUICK = (  # one for each way of measuring; the others have the same with other flags
+MEASURED = [name for name in NAMES if (RESULTS / "data" / f"{name}.csv").exists()]
+QUICK = (  # with those of SLOW one for each way of measuring; the others have the same with other flags
     "curves_discrete",  # two algorithms on the command line
     "action_repeat",
-    "overestimation",  # in this process; one of its files is changed
-    "smooth_costs",
-    "smooth_landscape",
-    "smooth_time",
-    "boltzmann",
-    "closed_form_1",
-    "film_pendulum",
     "film_landscape",
-    "lineage",
     "optimum",
     "estimators",
     "distributions",
@@ -43,6 +36,16 @@ QUICK = (  # one for each way of measuring; the others have the same with other 
     "svg_gradients",
     "maximizers",
     "amortization_time",
+)
+SLOW = (
+    "overestimation",  # in this process; one of its files is changed
+    "smooth_costs",
+    "smooth_landscape",
+    "smooth_time",
+    "boltzmann",
+    "closed_form_1",
+    "film_pendulum",
+    "lineage",
     "amortization_gap",
 )
 
@@ -68,10 +71,10 @@ def parsed(run):
 
 def test_a_quick_version_for_every_way_of_measuring():
     measures = {name: reproduce.EXPERIMENTS[name].measure for name in NAMES}
-    assert {measures[name] for name in QUICK} == set(measures.values())
+    assert {measures[name] for name in QUICK + SLOW} == set(measures.values())
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_quick_version_runs(name, work, tmp_path):
     if reproduce.needs_playground(name, quick=True):
         pytest.importorskip("mujoco_playground")
@@ -85,22 +88,30 @@ def test_quick_version_runs(name, work, tmp_path):
     assert study.report(experiment, study.numbers(rows)) in text
 
 
-def test_every_run_has_flags_and_numbers_that_its_algorithm_accepts(work):
-    """In the full and in the quick versions; nothing is compiled or trained."""
-    runs = set()
+def runs_of_experiments():
+    """What is trained, in the full and in the quick versions."""
     for experiment in reproduce.EXPERIMENTS.values():
-        cells = [*experiment.cells.values(), *experiment.quick(experiment.cells).values()]
-        runs |= {cell._replace(seeds=0) for cell in cells if isinstance(cell, training.Run)}
+        for cell in (*experiment.cells.values(), *experiment.quick(experiment.cells).values()):
+            if isinstance(cell, training.Run):
+                yield cell._replace(seeds=0)
+
+
+def test_every_run_has_flags_and_numbers_that_its_algorithm_accepts(work):
+    runs = {*runs_of_experiments()}
     assert len(runs) > 100
-    traced = set()
-    for run in sorted(runs):
+    for run in runs:
         module, config = parsed(run)
         module.check(config)
-        if run.env.startswith("playground/") and not reproduce.PLAYGROUND:
-            continue
-        if (run.algorithm, run.change, run.env) not in traced:  # what is checked besides takes longer
+
+
+@pytest.mark.slow
+def test_every_run_has_an_environment_that_its_algorithm_accepts(work):
+    """`init` is traced once for each; nothing is compiled or trained."""
+    runs = {(run.algorithm, run.change, run.env): run for run in runs_of_experiments()}
+    for run in runs.values():
+        if reproduce.PLAYGROUND or not run.env.startswith("playground/"):
+            module, config = parsed(run)
             jax.eval_shape(lambda key, module=module, config=config: module.init(config, key), random.key(0))
-            traced.add((run.algorithm, run.change, run.env))
 
 
 # Keys and files
@@ -335,9 +346,9 @@ def length_of(run, asked):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name, work, tmp_path):
+def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name, work):
     experiment = reproduce.EXPERIMENTS[name]
-    if not (RESULTS / "data" / f"{name}.csv").exists():  # to be measured: it has no section
+    if name not in MEASURED:  # to be measured: it has no section
         assert f"<!-- {name} -->" not in README or f"<!-- {name} -->\n<!-- end of {name} -->" in README
         assert not (RESULTS / reproduce.figure_path(name)).exists()
         return
@@ -351,17 +362,26 @@ def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name, work, t
             asked = re.search(r"--(?:total-steps|num-iterations) (\d+)", cell.flags)
             if asked and last and cell.algorithm != "svg":
                 assert max(last) == length_of(cell, int(asked[1]))
-    # drawn anew, with nothing measured
+    # written anew, with nothing measured
+    origin = re.search(rf"^(`python results/reproduce\.py {name}`, .*)\. Data: ", README, re.MULTILINE)[1]
+    section = reproduce.section(name, study.numbers(rows), origin)
+    assert f"<!-- {name} -->\n{section}\n<!-- end of {name} -->" in README
+    if experiment.draw:
+        assert f"]({reproduce.figure_path(name)})" in README
+        assert (RESULTS / reproduce.figure_path(name)).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MEASURED if reproduce.EXPERIMENTS[name].draw])
+def test_committed_figures_are_drawn_anew(name, tmp_path):
     (tmp_path / "data").mkdir()
     shutil.copy(RESULTS / "data" / f"{name}.csv", tmp_path / "data")
     (tmp_path / "README.md").write_text(README)
     reproduce.redraw(name, tmp_path)
     assert (tmp_path / "README.md").read_text() == README
-    if experiment.draw:
-        assert f"]({reproduce.figure_path(name)})" in README
-        drawn, committed = (Image.open(folder / reproduce.figure_path(name)) for folder in (tmp_path, RESULTS))
-        np.testing.assert_allclose(drawn.size, committed.size, atol=2)  # pixels, by other versions of matplotlib
-        assert min(drawn.size) >= 200
+    drawn, committed = (Image.open(folder / reproduce.figure_path(name)) for folder in (tmp_path, RESULTS))
+    np.testing.assert_allclose(drawn.size, committed.size, atol=2)  # pixels, by other versions of matplotlib
+    assert min(drawn.size) >= 200
 
 
 @pytest.mark.quick

@@ -255,7 +255,7 @@ def test_temperature_drives_the_entropy_to_its_target():
         num_eval_episodes=1,
         hidden_sizes=(16, 16),
         buffer_size=8000,
-        batch_size=256,
+        batch_size=64,
         learning_rate=1e-2,
     )
 

@@ -285,10 +285,10 @@ def test_mistakes_get_one_line(monkeypatch, capsys, tmp_path, flags, error):
 
 
 def test_swings_the_pendulum_up():
-    """Median of three seeds; the best possible is -137.
+    """The best possible is -137.
 
-    Windows are so short that the swing needs the value after them: without its gradient the median is -995.
+    Windows are so short that the swing needs the value after them: without its gradient it is about -995.
     """
     config = shac.Config(num_steps=8, total_steps=150_000, steps_per_epoch=150_000)
-    returns = fast_jit(lambda keys: jax.lax.map(lambda key: shac.train(config, key)[1].eval_returns.mean(), keys))
-    assert np.median(returns(jax.vmap(random.key)(np.arange(3)))) > -200
+    _, metrics = fast_jit(shac.train)(config, random.key(0))
+    assert metrics.eval_returns.mean() > -200

@@ -168,8 +168,7 @@ def test_steps_beyond_the_counter_are_named():
 
 
 def test_swings_the_pendulum_up():
-    """Median of three seeds."""
     sizes = {"num_rollouts": 32, "num_iterations": 300, "iterations_per_epoch": 300, "num_eval_episodes": 32}
     config = svg_model.Config(**sizes, gamma=0.97, learning_starts=3000)
-    returns = fast_jit(lambda keys: jax.lax.map(lambda key: svg_model.train(config, key)[1].eval_returns.mean(), keys))
-    assert np.median(returns(jax.vmap(random.key)(np.arange(3)))) > -300
+    _, metrics = fast_jit(svg_model.train)(config, random.key(0))
+    assert metrics.eval_returns.mean() > -300

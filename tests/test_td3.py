@@ -220,6 +220,7 @@ def test_exploration_is_gaussian_around_the_actor_and_within_the_box():
 #   noise - d'(s'), not noise + d'(s')     -186 ... -1017   -186 ... +78    seen in both
 #   mask terminated, not 1 - terminated    < -1000          > +450          seen in both
 #   actor descends the critic's value      < -1700          > +400          seen in both
+@pytest.mark.slow
 def test_learns_pendulum():
     config = td3.Config(total_steps=9000, steps_per_epoch=8000, num_eval_episodes=64)
 
