@@ -217,7 +217,8 @@ def experiment(where, cells, quick, notes=""):
         draw=draw,
         quick=lambda cells: training.smaller(cells, quick),
         sources=("algorithms/fqi.py", "common/milp.py", "common/play.py"),
-        sample=f"{control_suite.SEEDS} seeds each; each return is the mean of 8 episodes, 128 on {SMALL}",
+        sample=f"{control_suite.SEEDS} seeds each; each return is the mean of 8 episodes"
+        + f", 128 on {SMALL}" * any(run.env == SMALL for run in cells.values()),
     )
 
 
