@@ -334,7 +334,7 @@ def test_values_stop_at_a_termination_and_not_at_a_time_limit(name, env):
         num_envs=4,
         num_eval_episodes=1,
         buffer_size=4400,
-        batch_size=256,
+        batch_size=64,
         hidden_sizes=(32, 32),
         learning_rate=2e-3,
         gamma=0.9,

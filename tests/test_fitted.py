@@ -664,6 +664,7 @@ def test_recovers_the_riccati_matrix(name, dims):
     np.testing.assert_allclose(constant, 0.8 * solution.offset, atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fqi_amortized", "nfqca"])
 def test_amortized_policies_come_close_to_the_best_linear_quadratic_cost(name):
     """Four dimensions, two actions."""

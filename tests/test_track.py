@@ -190,6 +190,7 @@ def test_broken_twice_each_step_is_there_once(monkeypatch, tracked, tmp_path):
     assert again == expected(folder, float)
 
 
+@pytest.mark.slow
 def test_killed_nothing_is_lost(monkeypatch, tmp_path):
     """TensorBoard shows each step once; wandb, whose process goes with a killed one, is sent again what it may lack."""
     env = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}  # else wandb's process were this one's
