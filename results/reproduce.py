@@ -130,10 +130,16 @@ def redraw(name, out):
     """Write the figure and the section of an experiment anew from its data, which keep their date and machine."""
     readme = out / "README.md"
     text = readme.read_text() if readme.exists() else ""
-    origin = re.search(rf"^(`python results/reproduce\.py {name}( --quick)?`, .*)\. Data: ", text, re.MULTILINE)
+    origin = origin_of(name, text)
     if not origin or not (out / "data" / f"{name}.csv").exists():
         cli.fail(f"--redraw: {out} has no data or no section of {name}; run the experiment first")
-    write(name, out, origin[1])
+    write(name, out, origin)
+
+
+def origin_of(name, text):
+    """How, when and where an experiment was measured, as its section in `text` says; None where it has none."""
+    found = re.search(rf"^(`python results/reproduce\.py {name}( --quick)?`, .*)\. Data: ", text, re.MULTILINE)
+    return found and found[1]
 
 
 def write(name, out, origin):

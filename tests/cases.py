@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import struct
 from gymnax.environments import environment, spaces
 from jax import random
@@ -122,6 +123,11 @@ def programs(name, jit=jax.jit):
     """`init`, `epoch` (the state is donated) and `train` of an algorithm, each jitted once for all tests."""
     module = ALGORITHMS[name]
     return SimpleNamespace(init=jit(module.init), epoch=jit(module.epoch, donate_argnums=1), train=jit(module.train))
+
+
+def slow(*values):
+    """Cases of one parameter, for the slow tests alone."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def replace(config, **fields):

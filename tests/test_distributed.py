@@ -57,11 +57,17 @@ def one_process(tmp_path_factory):
     return contents(group(out))
 
 
-def test_interrupted_then_finished_by_one_process(monkeypatch, one_process, tmp_path):
-    """An interrupt of one of two processes saves what all devices train; one process finishes, with its own files."""
-    (first, second) = stopped(start(tmp_path, *RUN, num_devices=2), signal.SIGTERM)
+def interrupt(out):
+    """Four devices of two processes train three seeds, until an interrupt of one process saves all."""
+    (first, second) = stopped(start(out, *RUN, num_devices=2), signal.SIGTERM)
     assert (first[0], second[0]) == (130, 130), first[2] + second[2]
     assert "interrupted and saved after" in first[1]
+    assert printed(second[1]) == []
+
+
+def test_interrupted_then_finished_by_one_process(monkeypatch, one_process, tmp_path):
+    """With the files of one process that was not interrupted."""
+    interrupt(tmp_path)
     assert contents(group(tmp_path)) != one_process
     assert execute(monkeypatch, tmp_path, *RUN, "--resume") == 0
     assert contents(group(tmp_path)) == one_process
@@ -69,14 +75,8 @@ def test_interrupted_then_finished_by_one_process(monkeypatch, one_process, tmp_
 
 @pytest.mark.slow
 def test_interrupted_then_lost_then_finished_by_more_processes(one_process, tmp_path):
-    """Four devices of two processes train three seeds, and an interrupt of one process saves all; two devices resume,
-    and a kill of one process ends the other; three processes finish, with the files of one process.
-    """
-    (first, second) = stopped(start(tmp_path, *RUN, num_devices=2), signal.SIGTERM)
-    assert (first[0], second[0]) == (130, 130), first[2] + second[2]
-    assert "interrupted and saved after" in first[1]
-    assert printed(second[1]) == []
-
+    """Two devices resume, and a kill of one process ends the other; three processes finish, with the files of one."""
+    interrupt(tmp_path)
     (first, second) = stopped(start(tmp_path, *RUN, "--resume"), signal.SIGKILL)
     assert (first[0], second[0]) == (3, -signal.SIGKILL), first[2]
     (line,) = [line for line in first[2].splitlines() if line.startswith("error: ")]

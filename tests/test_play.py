@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Table, silu
+from pages import ROOT
 from PIL import Image
 
 from amortax.algorithms import td3
@@ -43,7 +44,7 @@ def save_untrained(folder, env):
 @pytest.fixture(scope="module")
 def pendulum(tmp_path_factory):
     """A run folder with one seed, whose policy swings the pendulum up."""
-    _, config, params = policy.load(Path(__file__).parent.parent / "results" / "policies" / "td3" / "Pendulum-v1")
+    _, config, params = policy.load(ROOT / "results" / "policies" / "td3" / "Pendulum-v1")
     run = tmp_path_factory.mktemp("runs") / "trained"
     save_run(run / "seed_0", config, params)
     return run

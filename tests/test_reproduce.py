@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reproduce
-from cases import ALGORITHMS, CONFIGS, replace
+from cases import ALGORITHMS, CONFIGS, replace, slow
 from experiments import amortization_gap, boltzmann, control_suite, curves, study, training, value_bias
 from jax import random
 from PIL import Image
@@ -74,7 +74,7 @@ def test_a_quick_version_for_every_way_of_measuring():
     assert {measures[name] for name in QUICK + SLOW} == set(measures.values())
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", [*QUICK, *slow(*SLOW)])
 def test_quick_version_runs(name, work, tmp_path):
     if reproduce.needs_playground(name, quick=True):
         pytest.importorskip("mujoco_playground")
@@ -346,7 +346,7 @@ def length_of(run, asked):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name, work):
+def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name, work, tmp_path):
     experiment = reproduce.EXPERIMENTS[name]
     if name not in MEASURED:  # to be measured: it has no section
         assert f"<!-- {name} -->" not in README or f"<!-- {name} -->\n<!-- end of {name} -->" in README
@@ -363,9 +363,11 @@ def test_committed_numbers_are_whole_and_the_text_is_what_they_say(name, work):
             if asked and last and cell.algorithm != "svg":
                 assert max(last) == length_of(cell, int(asked[1]))
     # written anew, with nothing measured
-    origin = re.search(rf"^(`python results/reproduce\.py {name}`, .*)\. Data: ", README, re.MULTILINE)[1]
-    section = reproduce.section(name, study.numbers(rows), origin)
-    assert f"<!-- {name} -->\n{section}\n<!-- end of {name} -->" in README
+    page = tmp_path / "README.md"
+    page.write_text(README)
+    section = reproduce.section(name, study.numbers(rows), reproduce.origin_of(name, README))
+    reproduce.write_between(page, name, section)
+    assert page.read_text() == README
     if experiment.draw:
         assert f"]({reproduce.figure_path(name)})" in README
         assert (RESULTS / reproduce.figure_path(name)).exists()

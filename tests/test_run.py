@@ -260,19 +260,21 @@ def test_seed_is_bitwise_the_same_in_any_company(monkeypatch, unbroken, tmp_path
 
 @pytest.mark.slow
 def test_seeds_on_two_devices_do_not_disturb_each_other(tmp_path):
-    """A seed alone and beside another, with threads, devices and compiler as a user has them.
+    """Each of two seeds alone and beside the other, with threads, devices and compiler as a user has them.
 
     XLA shares products of this size among threads, and Eigen's go wrong where two programs run at once.
     """
     flags = "--env Breakout-MinAtar --total-steps 65536 --steps-per-epoch 65536 --num-envs 64 --num-steps 128"
     flags += " --update-epochs 4 --num-minibatches 8 --activation relu --num-eval-episodes 2 --no-plot"
-    for name, *company in (["alone", "--seed", "1"], ["together", "--num-seeds", "2"]):
-        words = [sys.executable, "-m", "amortax.algorithms.ppo", *flags.split(), *company, "--out", tmp_path]
-        done = subprocess.run([*words, "--name", name], env=as_a_user(), capture_output=True, text=True)
+    for words in ("--name together --num-seeds 2", "--name alone_0", "--name alone_1 --seed 1"):
+        command = [sys.executable, "-m", "amortax.algorithms.ppo", *flags.split(), *words.split(), "--out", tmp_path]
+        done = subprocess.run(command, env=as_a_user(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    alone, together = (group(tmp_path, name, "ppo", "Breakout-MinAtar") for name in ("alone", "together"))
-    assert {"metrics.csv", "state.npz"} <= contents(alone / "seed_1").keys()
-    assert contents(alone / "seed_1") == contents(together / "seed_1")
+    files = lambda name: contents(group(tmp_path, name, "ppo", "Breakout-MinAtar"))
+    for seed in range(2):
+        alone, together = files(f"alone_{seed}"), files("together")
+        assert f"seed_{seed}/metrics.csv" in alone
+        assert alone == {name: data for name, data in together.items() if name.startswith(f"seed_{seed}/")}
 
 
 @pytest.mark.parametrize(

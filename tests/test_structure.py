@@ -38,9 +38,10 @@ every_algorithm = pytest.mark.parametrize(
         (sac_value, sac_value.Config(**SIZES)),
         (sac, sac.Config(**SIZES)),
         (dqn, dqn.Config(**SIZES, utd_ratio=1.0, target_period=4)),
+        pytest.param(svg_model, svg_model.Config(**SVG), marks=pytest.mark.slow),
         (svg_model, svg_model.Config(**SVG, noise="inferred")),
     ],
-    ids=["ddpg", "td3", "sac_value", "sac", "dqn", "svg_model"],
+    ids=["ddpg", "td3", "sac_value", "sac", "dqn", "svg_model", "svg_model-inferred"],
 )
 
 # Opcodes that make no array of their own (what a fusion or a loop does is looked at inside), and those that write in

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Clock, assert_same, fast_jit, replace
+from cases import Clock, assert_same, fast_jit, replace, slow
 from jax import random
 from jax.flatten_util import ravel_pytree
 
@@ -83,19 +83,14 @@ def test_forward_and_backward_gradients_agree(env, horizon):
     check_gradients_agree(replace(CONFIG, env=env, horizon=horizon), 1e-5)
 
 
-@pytest.mark.parametrize(("env", "horizon"), [("LQR-v0", 200), ("Pendulum-v1", 200)])
+@pytest.mark.parametrize(
+    ("env", "horizon"), [("LQR-v0", 200), ("Pendulum-v1", 200), pytest.param("Pendulum-v1", 50, marks=pytest.mark.slow)]
+)
 def test_forward_and_backward_gradients_agree_in_float64(float64, env, horizon):
     check_gradients_agree(replace(CONFIG, env=env, horizon=horizon), 1e-10)
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        "PointRobot-misc",
-        "Reacher-misc",
-        *(pytest.param(env, marks=pytest.mark.slow) for env in ("MountainCarContinuous-v0", "Swimmer-misc")),
-    ],
-)
+@pytest.mark.parametrize("env", ["PointRobot-misc", "Reacher-misc", *slow("MountainCarContinuous-v0", "Swimmer-misc")])
 def test_forward_and_backward_gradients_agree_on(env):
     norm = check_gradients_agree(replace(CONFIG, env=env, initial_std=1.0), 1e-5)
     assert (norm > 0) == (env != "PointRobot-misc")  # whose reward is a step, flat on either side
