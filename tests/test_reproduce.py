@@ -599,7 +599,7 @@ def test_verdict_on_the_control_suite(after_100k, verdict):
     rows = rows_of({"sac on CheetahRun": after_100k, "td3 on CheetahRun": 0})
     assert verdict_on("locomotion", rows) == verdict
     assert "616 after 100,000 steps" in study.report(reproduce.EXPERIMENTS["locomotion"], rows)
-    assert verdict_on("locomotion_long", rows) == "Does not hold."
+    assert verdict_on("running_long", rows) == "Does not hold."
     assert control_suite.published("CartpoleBalance") == (999, 500)
 
 
