@@ -361,7 +361,7 @@ def test_values_stop_at_a_termination_and_not_at_a_time_limit(name, env):
 
 @every_actor_critic
 def test_comes_close_to_the_best_linear_quadratic_cost(name):
-    """Within a tenth of the best; with a wrong sign in the actor's loss the cost is over fifty times that."""
+    """Within a tenth of the best; with a wrong sign in the actor's loss the cost is over five hundred times that."""
     module = ALGORITHMS[name]
     own = {"ou_theta": 1.0, "ou_dt": 1.0, "ou_sigma": 0.2, "exploration_noise": 0.2, "alpha": 0.1}
     own = {field: value for field, value in own.items() if hasattr(module.Config, field)}

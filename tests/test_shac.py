@@ -287,7 +287,7 @@ def test_mistakes_get_one_line(monkeypatch, capsys, tmp_path, flags, error):
 def test_swings_the_pendulum_up():
     """The best possible is -137.
 
-    Windows are so short that the swing needs the value after them: without its gradient it is about -995.
+    Windows are so short that the swing needs the value after them: without its gradient it is below -900.
     """
     config = shac.Config(num_steps=8, total_steps=150_000, steps_per_epoch=150_000)
     _, metrics = fast_jit(shac.train)(config, random.key(0))
