@@ -120,8 +120,8 @@ def measure_here(run, work):
         key = random.fold_in(random.key(snapshot.seed), snapshot.step)
         row = {"seed": snapshot.seed, "progress": snapshot.step}
         row["return"] = np.mean(snapshot.metrics.eval_returns, dtype=np.float64)
-        improved = play.gymnax_returns(act, config, snapshot.params, snapshot.seed, episodes)
-        row["improved_return"] = np.mean(improved, dtype=np.float64)
+        improved = np.asarray(play.gymnax_returns(act, config, snapshot.params, snapshot.seed, episodes))
+        row["improved_return"] = improved.mean(dtype=np.float64)
         found, every = of_states(snapshot.params, snapshot.picked, key), NUM_STATES // NUM_EXACT
         row |= {name: float(x.mean()) for name, x in found.items()} | {"missed": ""}
         if snapshot.step >= config.total_steps:
