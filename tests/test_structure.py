@@ -15,7 +15,7 @@ from cases import ALGORITHMS, CONFIGS, FUSIONS, SMALL, replace
 from jax import lax, random
 from jax.extend import core
 
-from amortax.algorithms import ddpg, dqn, ppo, sac, sac_value, svg_model, td3
+from amortax.algorithms import ddpg, dqn, fqi, ppo, sac, sac_value, svg_model, td3
 from amortax.common import envs
 
 CAPACITY = 4 * 2027  # more than any other array of the programs has elements
@@ -188,6 +188,16 @@ def equations(jaxpr):
         yield eqn
         for inner in core.jaxprs_in_params(eqn.params):
             yield from equations(inner)
+
+
+@pytest.mark.parametrize("solver", ["gradient", "lbfgs"])
+def test_solvers_do_not_copy_the_weights_for_every_start(solver):
+    """No array of the program is as large as the weights of two starts."""
+    config = fqi.Config(maximizer=solver, num_candidates=5, maximizer_steps=3)
+    params = fqi.mlp_init(random.key(0), (4, 64, 64, 1))
+    obs = random.normal(random.key(1), (6, 3))
+    program = jax.make_jaxpr(functools.partial(fqi.maximize, config))(params, obs, random.key(2))
+    assert max(x.aval.size for eqn in equations(program.jaxpr) for x in eqn.outvars) < 2 * 64 * 64
 
 
 @pytest.mark.parametrize(
