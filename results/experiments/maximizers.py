@@ -157,7 +157,7 @@ EXPERIMENTS = {
         notes=notes,
         table=table,
         draw=draw,
-        quick=lambda cells: {env: (env, BARELY_TRAINED, SOLVERS[::6], 5) for env in list(cells)[:1]},
+        quick=lambda cells: {env: (env, BARELY_TRAINED, SOLVERS[:1] + SOLVERS[-1:], 5) for env in list(cells)[:1]},
         sources=("algorithms/fqi.py", "common/lqr.py", "common/milp.py"),
         sample="200 states of each environment",
     )
