@@ -148,7 +148,7 @@ def beside_published(title, question, cells, notes, after_100k=AFTER_100K, measu
     )
 
 
-def curves(title, pairs, after_100k=AFTER_100K, **options):
+def curves(title, pairs, notes="", after_100k=AFTER_100K, **options):
     """Learning curves of pairs of an algorithm and a task."""
     return beside_published(
         title,
@@ -156,8 +156,7 @@ def curves(title, pairs, after_100k=AFTER_100K, **options):
         cells(*pairs, **options),
         "All tasks have the same flags: two layers of 256 units, `--tau 0.005`, 8 environments, an update per step. "
         "The physics differ: ours is MJX in MuJoCo Playground, without action repeat; theirs is MuJoCo in dm_control, "
-        "with actions repeated two to eight times. An episode of ReacherEasy or BallInCup earns nearly everything or "
-        "nothing, so that a mean of eight is coarse.",
+        f"with actions repeated two to eight times.{notes}",
         after_100k,
     )
 
@@ -221,6 +220,7 @@ EXPERIMENTS = {
     "manipulation": curves(
         "SAC reaches published returns on the Control Suite: reaching, spinning, catching",
         with_both("ReacherEasy", "FingerSpin", "BallInCup"),
+        " An episode of ReacherEasy or BallInCup earns nearly everything or nothing: a mean of eight is coarse.",
     ),
     "locomotion": curves(
         "SAC reaches published returns on the Control Suite: running and walking",
