@@ -138,7 +138,7 @@ def notes(rows):
 
 def table(rows):
     """Gaps and times of every solver."""
-    percent = lambda row: [f"{row[name]:.4f} %" for name in ("mean_gap", "worst_gap")]
+    percent = lambda row: [f"{row[name]:z.4f} %" for name in ("mean_gap", "worst_gap")]
     count = lambda x: x if x == "" else f"{x:.0f}"
     lines = []
     for row in rows:
