@@ -12,6 +12,7 @@ extras of the physics engines; without a GPU the rows of `gpu` have no numbers.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import importlib
 import importlib.metadata
@@ -46,7 +47,7 @@ RATES = {  # cases of the files whose updates are not one for each environment s
 TASK = "playground/CheetahRun"
 HOPPER = {"env": "brax/hopper", "num_envs": 128, "hidden_sizes": [256, 256], "steps_per_epoch": 12_800}
 CHEETAH = {"env": TASK, "num_envs": 1024, "hidden_sizes": [256, 256], "steps_per_epoch": 102_400}
-TASK_PEERS, TASK_STEPS, SEEDS, EPISODES = ("sbx", "sb3"), 50_000, 2, 16
+TASK_PEERS, TASK_STEPS, SEEDS, EPISODES = ("sbx", "sb3"), 30_000, 2, 16
 GPU = (  # case, algorithms, fields, numbers of seeds
     ("brax/hopper, 128 environments", ("td3", "sac"), HOPPER, (1, 200, 300)),
     ("Pendulum-v1", ("td3",), {"steps_per_epoch": 1000}, (1, 16, 256, 1024, 4096)),
@@ -67,7 +68,6 @@ SOURCES = {  # of those that are no packages: repository and commit
 }
 NAMES = {"rejax": "rejax", "sbx": "SBX", "sb3": "Stable-Baselines3", "purejaxrl": "PureJaxRL", "cleanrl": "CleanRL"}
 COLUMNS = ("rejax", "sbx", "sb3")  # of the table in the README: those with TD3 and SAC
-SINGLE_CORE = ("taskset", "--cpu-list", "0")
 GOAL = -200
 LIMIT = 600  # seconds of a turn, after which a process counts as hanging
 QUOTED = (  # the cases of the table in the README
@@ -303,6 +303,18 @@ def command_of(name, *args, prefix=()):
     return [*prefix, sys.executable, __file__, "--worker", name, json.dumps(args)]
 
 
+def single_core(core=0):
+    """Words before a command that keep it on one core."""
+    return ("taskset", "--cpu-list", str(core))
+
+
+def each_seed(measure):
+    """`[measure(seed, prefix)]` of all seeds, as many at once as there are cores, each on a core of its own."""
+    cores = os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        return list(pool.map(lambda seed: measure(seed, single_core(seed % cores)), range(SEEDS)))
+
+
 def answer(command):
     """The last JSON value that a command prints."""
     done = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
@@ -468,10 +480,10 @@ def measure_goal(turns, pythons):
         yield row | {"beside": ", ".join(texts), "value": ours, "ratio": min(medians.values(), default=None)}
 
 
-def evaluations(name, seed, *flags):
+def evaluations(name, seed, *flags, prefix=()):
     """`(seconds from the start of the command, mean return)` of each evaluation, with an empty cache."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "algorithms" / f"{name}.py", "--seed", str(seed), *flags]
+        command = [*prefix, sys.executable, ROOT / "algorithms" / f"{name}.py", "--seed", str(seed), *flags]
         start = time.perf_counter()
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, cwd=folder, env=os.environ | cache_in(f"{folder}/cache")
@@ -550,7 +562,7 @@ def measure_seeds(turns, pythons):
     grid = {"learning_rate": [3e-4, 1e-3, 3e-3], "gamma": [0.95, 0.98, 0.99]}
     one, eight, many, plain, swept = take_turns(
         turns,
-        command_of("epochs", "td3", fields, prefix=SINGLE_CORE),
+        command_of("epochs", "td3", fields, prefix=single_core()),
         *(command_of("epochs", "td3", fields, seeds) for seeds in (8, 32, 36)),
         command_of("epochs", "td3", fields, 4, grid),
     )
@@ -641,21 +653,32 @@ def measure_physics(turns, pythons):
 
 
 def measure_physics_returns(turns, pythons):
-    """Returns after equal steps on the same task, and the seconds until then."""
+    """Returns after equal steps on the same task, and the seconds until then, of runs that have a core each."""
     for name in ("sac", "td3") if pythons else ():
         flags = f"--env {TASK} --hidden-sizes 256 256 --tau 0.005 --num-eval-episodes {EPISODES}"
         flags += f" --total-steps {TASK_STEPS} --steps-per-epoch 5000 --activation relu"  # which is the peers'
-        ours = [[*evaluations(name, seed, *flags.split())] for seed in range(SEEDS)]
+        ours = each_seed(functools.partial(all_evaluations, name, flags))
         reached = statistics.mean(evaluated[-1][1] for evaluated in ours)
-        row = {"algorithm": name, "what": f"{TASK}, return after {TASK_STEPS:,} steps", "value": reached}
+        row = {"algorithm": name, "what": f"{TASK}, return after {TASK_STEPS:,} steps, one core", "value": reached}
         for peer in TASK_PEERS:
             for label, options in (("same settings", {"hidden": 256}), ("its defaults", {"settings": "defaults"})):
-                command = functools.partial(peer_command, pythons, peer, name, TASK_STEPS, env=TASK, returns=True)
-                theirs = [answer(command(seed=seed, **options)) for seed in range(SEEDS)]
+                theirs = each_seed(functools.partial(peer_returns, pythons, peer, name, options))
                 mean, took = (statistics.mean(x[part] for x in theirs) for part in ("return", "seconds"))
                 until = statistics.mean(seconds_until(mean, evaluated) for evaluated in ours)
-                text = f"{NAMES[peer]}, {label}: {mean:,.0f} after {took:,.0f} s, Amortax there after {until:,.0f} s"
+                there = f"there after {until:,.0f} s" if until < float("inf") else "not there in all seeds"
+                text = f"{NAMES[peer]}, {label}: {mean:,.0f} after {took:,.0f} s, Amortax {there}"
                 yield row | {"measured": f"{reached:,.0f}", "beside": text, "ratio": took / until}
+
+
+def all_evaluations(name, flags, seed, core):
+    """Those of our command on a core."""
+    return list(evaluations(name, seed, *flags.split(), prefix=core))
+
+
+def peer_returns(pythons, peer, name, options, seed, core):
+    """A peer's final return on the task, and its seconds, on a core."""
+    command = peer_command(pythons, peer, name, TASK_STEPS, env=TASK, returns=True, seed=seed, **options)
+    return answer([*core, *command])
 
 
 def measure_gpu(turns, pythons):
