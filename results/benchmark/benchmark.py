@@ -723,7 +723,8 @@ def table(measured):
     lines = [
         "Pendulum-v1, default configurations except where stated, ReLU networks, one update per environment step.",
         "Per 20 environment steps svg_model makes one update of the policy, from 64 rollouts, and 8 of the model.",
-        "Rates are medians over turns; memory is the peak of a process, first Amortax, then the peer. Peers:",
+        "Rates are medians over turns; memory is the peak of a process, first Amortax, then the peer. Returns on",
+        f"{TASK} are means of {SEEDS} seeds and {EPISODES} greedy episodes. Peers:",
         f"{', '.join(measured['peers'].values()) or 'not measured'}.",
         "",
         f"`python results/benchmark/benchmark.py --peers FOLDER`: {origin(measured, measured['groups'])}.",
