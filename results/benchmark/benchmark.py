@@ -724,7 +724,7 @@ def table(measured):
         "Pendulum-v1, default configurations except where stated, ReLU networks, one update per environment step.",
         "Per 20 environment steps svg_model makes one update of the policy, from 64 rollouts, and 8 of the model.",
         "Rates are medians over turns; memory is the peak of a process, first Amortax, then the peer. Returns on",
-        f"{TASK} are means of {SEEDS} seeds and {EPISODES} greedy episodes. Peers:",
+        f"{TASK} are means of {SEEDS} seeds, too few to rank, and {EPISODES} greedy episodes each. Peers:",
         f"{', '.join(measured['peers'].values()) or 'not measured'}.",
         "",
         f"`python results/benchmark/benchmark.py --peers FOLDER`: {origin(measured, measured['groups'])}.",
