@@ -54,6 +54,29 @@ def test_evaluations_of_a_command_have_times_and_returns():
     assert benchmark.seconds_until(0, [(early, first)]) == float("inf")
 
 
+@pytest.mark.quick
+def test_returns_on_a_task_beside_those_of_peers(monkeypatch):
+    """Two seeds, of which one never reaches the second peer's mean, 20."""
+    ours = {0: [(10, 5.0), (30, 25.0)], 1: [(20, 10.0), (50, 15.0)]}
+    theirs = {"sbx": {"return": 10.0, "seconds": 75.0}, "sb3": {"return": 20.0, "seconds": 80.0}}
+    monkeypatch.setattr(benchmark, "all_evaluations", lambda name, flags, seed: ours[seed])
+    monkeypatch.setattr(benchmark, "peer_returns", lambda pythons, peer, name, options, seed: theirs[peer])
+    rows = list(benchmark.measure_physics_returns(1, {"sbx": "python", "sb3": "python"}))
+    assert [row["algorithm"] for row in rows] == ["sac"] * 4 + ["td3"] * 4
+    assert {row["measured"] for row in rows} == {"20"}
+    assert rows[0]["beside"] == "SBX, same settings: 10 after 75 s, Amortax there after 25 s"
+    assert rows[0]["ratio"] == 3
+    assert rows[3]["beside"] == "Stable-Baselines3, its defaults: 20 after 80 s, Amortax not there with every seed"
+    assert rows[3]["ratio"] == 0
+
+
+@pytest.mark.quick
+def test_each_seed_has_a_core(monkeypatch):
+    monkeypatch.setattr(benchmark.os, "cpu_count", lambda: 2)
+    assert benchmark.each_seed(benchmark.single_core) == [("taskset", "--cpu-list", core) for core in "01"]
+    assert benchmark.single_core(3) == ("taskset", "--cpu-list", "1")
+
+
 def test_a_peer_that_hangs_ends_the_benchmark(monkeypatch):
     """One that is ready, and never answers."""
     monkeypatch.setattr(benchmark, "LIMIT", 0.1)

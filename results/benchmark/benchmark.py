@@ -304,16 +304,15 @@ def command_of(name, *args, prefix=()):
     return [*prefix, sys.executable, __file__, "--worker", name, json.dumps(args)]
 
 
-def single_core(core=0):
-    """Words before a command that keep it on one core."""
-    return ("taskset", "--cpu-list", str(core))
+def single_core(i=0):
+    """Words before a command that keep it on one core, the i-th."""
+    return ("taskset", "--cpu-list", str(i % os.cpu_count()))
 
 
 def each_seed(measure):
-    """`[measure(seed, prefix)]` of all seeds, as many at once as there are cores, each on a core of its own."""
-    cores = os.cpu_count()
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        return list(pool.map(lambda seed: measure(seed, single_core(seed % cores)), range(SEEDS)))
+    """`[measure(seed)]` of all seeds, as many at once as there are cores."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(measure, range(SEEDS)))
 
 
 def answer(command):
@@ -666,20 +665,20 @@ def measure_physics_returns(turns, pythons):
                 theirs = each_seed(functools.partial(peer_returns, pythons, peer, name, options))
                 mean, took = (statistics.mean(x[part] for x in theirs) for part in ("return", "seconds"))
                 until = statistics.mean(seconds_until(mean, evaluated) for evaluated in ours)
-                there = f"there after {until:,.0f} s" if until < float("inf") else "not there in all seeds"
+                there = f"there after {until:,.0f} s" if until < float("inf") else "not there with every seed"
                 text = f"{NAMES[peer]}, {label}: {mean:,.0f} after {took:,.0f} s, Amortax {there}"
                 yield row | {"measured": f"{reached:,.0f}", "beside": text, "ratio": took / until}
 
 
-def all_evaluations(name, flags, seed, core):
-    """Those of our command on a core."""
-    return list(evaluations(name, seed, *flags.split(), prefix=core))
+def all_evaluations(name, flags, seed):
+    """Those of our command on one core."""
+    return list(evaluations(name, seed, *flags.split(), prefix=single_core(seed)))
 
 
-def peer_returns(pythons, peer, name, options, seed, core):
-    """A peer's final return on the task, and its seconds, on a core."""
+def peer_returns(pythons, peer, name, options, seed):
+    """A peer's final return on the task, and its seconds, on one core."""
     command = peer_command(pythons, peer, name, TASK_STEPS, env=TASK, returns=True, seed=seed, **options)
-    return answer([*core, *command])
+    return answer([*single_core(seed), *command])
 
 
 def measure_gpu(turns, pythons):

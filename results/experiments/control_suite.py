@@ -152,7 +152,7 @@ def curves(title, pairs, notes="", after_100k=AFTER_100K, **options):
     """Learning curves of pairs of an algorithm and a task."""
     return beside_published(
         title,
-        "How fast do the actor-critics learn these tasks, and how well, beside published returns?",
+        "How fast do these runs learn, and how well, beside published returns?",
         cells(*pairs, **options),
         "All tasks have the same flags: two layers of 256 units, `--tau 0.005`, 8 environments, an update per step. "
         "The physics differ: ours is MJX in MuJoCo Playground, without action repeat; theirs is MuJoCo in dm_control, "
