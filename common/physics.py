@@ -148,7 +148,7 @@ class Physics(environment.Environment[EnvState, EnvParams]):
     def step_task(self, leaves, action, key):
         """One step of the task: `(leaves, obs, reward, ended)`."""
         before = self.restored(leaves, key)
-        after = self.task.step(before, action)
+        after = jax.tree.map(jnp.asarray, self.task.step(before, action))  # Brax's metrics can be Python numbers
         after = after.replace(info={k: v for k, v in after.info.items() if k != "rng"})
         ended, arrays = after.done.astype(bool), jax.tree.leaves(self.pack(after))
         broken = jnp.stack([jnp.isnan(x).any() for x in arrays]).any() | ~jnp.isfinite(after.obs).all()

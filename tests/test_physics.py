@@ -33,12 +33,13 @@ class Counter:
     def reset(self, rng):
         x = jnp.round(random.uniform(rng, minval=0, maxval=5))
         data = {"x": x, "empty": jnp.zeros((0, 3)), "derived": jnp.zeros(1000)}
-        return State(data, x[None], jnp.zeros(()), jnp.zeros(()), {"speed": jnp.zeros(())}, {"rng": rng})
+        metrics = {"speed": jnp.zeros(()), "alive": jnp.zeros(())}
+        return State(data, x[None], jnp.zeros(()), jnp.zeros(()), metrics, {"rng": rng})
 
     def step(self, state, action):
         x = state.data["x"] + action[0]
         x = jnp.where(x > 10, jnp.nan, x)
-        state.metrics["speed"] = action[0]
+        state.metrics.update(speed=action[0], alive=1.0)  # Brax has Python numbers too
         info = {**state.info, "rng": random.split(state.info["rng"])[0]}
         done = (x < -10).astype(float)
         return state.replace(data={**state.data, "x": x}, obs=x[None], reward=x, done=done, info=info)
