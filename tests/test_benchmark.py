@@ -60,7 +60,7 @@ def test_returns_on_a_task_beside_those_of_peers(monkeypatch):
     ours = {0: [(10, 5.0), (30, 25.0)], 1: [(20, 10.0), (50, 15.0)]}
     theirs = {"sbx": {"return": 10.0, "seconds": 75.0}, "sb3": {"return": 20.0, "seconds": 80.0}}
     monkeypatch.setattr(benchmark, "all_evaluations", lambda name, flags, seed: ours[seed])
-    monkeypatch.setattr(benchmark, "peer_returns", lambda pythons, peer, name, options, seed: theirs[peer])
+    monkeypatch.setattr(benchmark, "peer_returns", lambda pythons, peer, name, steps, options, seed: theirs[peer])
     rows = list(benchmark.measure_physics_returns(1, {"sbx": "python", "sb3": "python"}))
     assert [row["algorithm"] for row in rows] == ["sac"] * 4 + ["td3"] * 4
     assert {row["measured"] for row in rows} == {"20"}
@@ -68,6 +68,30 @@ def test_returns_on_a_task_beside_those_of_peers(monkeypatch):
     assert rows[0]["ratio"] == 3
     assert rows[3]["beside"] == "Stable-Baselines3, its defaults: 20 after 80 s, Amortax not there with every seed"
     assert rows[3]["ratio"] == 0
+
+
+@pytest.mark.quick
+def test_best_returns_beside_those_of_peers(monkeypatch):
+    """Their last evaluations; the flags are those of the learning curves."""
+    called = []
+
+    def all_evaluations(name, flags, seed):
+        called.append((name, flags.split()))
+        return [(10, 5.0), (30, 100.0 * (seed > 8))]
+
+    def peer_returns(pythons, peer, name, steps, options, seed):
+        assert (peer, name, steps) in (("sb3", "dqn", 50_000), ("purejaxrl", "ppo", 1_966_080))
+        return {"return": float(seed), "seconds": 1.0}
+
+    monkeypatch.setattr(benchmark, "all_evaluations", all_evaluations)
+    monkeypatch.setattr(benchmark, "peer_returns", peer_returns)
+    dqn, ppo = benchmark.measure_returns(1, {"sb3": "python", "purejaxrl": "python"})
+    assert [name for name, _ in called] == ["dqn"] * 12 + ["ppo"] * 12
+    assert {"CartPole-v1", "49960"} < {*called[0][1]}
+    assert {"Breakout-MinAtar", "1966080"} < {*called[-1][1]}
+    assert dqn["value"] == pytest.approx(0)  # of seeds 0 to 8 and three of return 100, the middle six
+    assert "rl-zoo's settings: 5.5 (interquartile mean of 12 seeds" in dqn["beside"]
+    assert ppo["beside"].startswith("PureJaxRL, its settings for MinAtar, while it trains: 5.5")
 
 
 @pytest.mark.quick

@@ -49,6 +49,11 @@ HOPPER = {"env": "brax/hopper", "num_envs": 128, "hidden_sizes": [256, 256], "st
 CHEETAH = {"env": TASK, "num_envs": 1024, "hidden_sizes": [256, 256], "steps_per_epoch": 102_400}
 TASK_PEERS, SEEDS, EPISODES = ("sbx", "sb3"), 2, 16
 TASK_STEPS = 31_000  # a warm-up of 1,000 and whole epochs
+BEST_RETURNS = (  # a run of experiments/curves.py; a peer, its steps and what it follows
+    ("dqn on CartPole-v1", "sb3", 50_000, "rl-zoo's settings"),
+    ("ppo on Breakout-MinAtar", "purejaxrl", 1_966_080, "its settings for MinAtar, while it trains"),
+)
+RETURN_SEEDS = 12
 GPU = (  # case, algorithms, fields, numbers of seeds
     ("brax/hopper, 128 environments", ("td3", "sac"), HOPPER, (1, 200, 300)),
     ("Pendulum-v1", ("td3",), {"steps_per_epoch": 1000}, (1, 16, 256, 1024, 4096)),
@@ -309,10 +314,10 @@ def single_core(i=0):
     return ("taskset", "--cpu-list", str(i % os.cpu_count()))
 
 
-def each_seed(measure):
+def each_seed(measure, num_seeds=SEEDS):
     """`[measure(seed)]` of all seeds, as many at once as there are cores."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(measure, range(SEEDS)))
+        return list(pool.map(measure, range(num_seeds)))
 
 
 def answer(command):
@@ -508,17 +513,27 @@ def cache_in(folder):
 
 
 def measure_returns(turns, pythons):
-    """Interquartile means of returns after equal steps, where a peer's published one is of a single seed."""
+    """Final returns after equal steps, of peers with the settings that they publish for the environment."""
+    import numpy as np
+
     from amortax.common import plot
 
-    if not pythons:
-        return
-    ours = plot.iqm([[*evaluations("dqn", seed)][-1][1] for seed in range(8)])
-    command = functools.partial(peer_command, pythons, "sb3", "dqn", 50_000, returns=True, settings="zoo")
-    theirs = [answer(command(seed=seed))["return"] for seed in range(8)]
-    text = f"Stable-Baselines3 with rl-zoo's settings {plot.iqm(theirs):.0f}, worst seed {min(theirs):.0f}"
-    row = {"algorithm": "dqn", "what": "CartPole-v1, return after 50,000 steps, 8 seeds", "measured": f"{ours:.0f}"}
-    yield row | {"beside": text, "value": ours, "ratio": None}
+    sys.path.append(str(RESULTS))
+    from experiments import curves
+
+    runs = curves.ONLINE | curves.MINATAR
+    for label, peer, steps, settings in BEST_RETURNS if pythons else ():
+        name, env, flags, *_ = runs[label]
+        evaluated = each_seed(functools.partial(all_evaluations, name, f"--env {env} {flags}"), RETURN_SEEDS)
+        options = {"env": env, "settings": "published"}
+        trained = each_seed(functools.partial(peer_returns, pythons, peer, name, steps, options), RETURN_SEEDS)
+        ours, theirs = np.array([x[-1][1] for x in evaluated]), np.array([x["return"] for x in trained])
+        row = {"algorithm": name, "what": f"{env}, return after {steps:,} steps", "measured": plot.summary(ours)}
+        yield row | {
+            "beside": f"{NAMES[peer]}, {settings}: {plot.summary(theirs)}",
+            "value": plot.iqm(ours),
+            "ratio": None,
+        }
 
 
 def measure_floor(turns, pythons):
@@ -662,7 +677,8 @@ def measure_physics_returns(turns, pythons):
         row = {"algorithm": name, "what": f"{TASK}, return after {TASK_STEPS:,} steps, one core", "value": reached}
         for peer in TASK_PEERS:
             for label, options in (("same settings", {"hidden": 256}), ("its defaults", {"settings": "defaults"})):
-                theirs = each_seed(functools.partial(peer_returns, pythons, peer, name, options))
+                options |= {"env": TASK}
+                theirs = each_seed(functools.partial(peer_returns, pythons, peer, name, TASK_STEPS, options))
                 mean, took = (statistics.mean(x[part] for x in theirs) for part in ("return", "seconds"))
                 until = statistics.mean(seconds_until(mean, evaluated) for evaluated in ours)
                 there = f"there after {until:,.0f} s" if until < float("inf") else "not there with every seed"
@@ -675,9 +691,9 @@ def all_evaluations(name, flags, seed):
     return list(evaluations(name, seed, *flags.split(), prefix=single_core(seed)))
 
 
-def peer_returns(pythons, peer, name, options, seed):
-    """A peer's final return on the task, and its seconds, on one core."""
-    command = peer_command(pythons, peer, name, TASK_STEPS, env=TASK, returns=True, seed=seed, **options)
+def peer_returns(pythons, peer, name, steps, options, seed):
+    """A peer's final return and its seconds, on one core."""
+    command = peer_command(pythons, peer, name, steps, returns=True, seed=seed, **options)
     return answer([*single_core(seed), *command])
 
 

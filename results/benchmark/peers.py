@@ -3,11 +3,13 @@
     python results/benchmark/peers.py LIBRARY {TD3,SAC,DQN,PPO} --steps STEPS
     python results/benchmark/peers.py {rejax,sbx,sb3} {TD3,SAC} --steps STEPS --until RETURN --seed SEED
     python results/benchmark/peers.py {sbx,sb3} {TD3,SAC,DQN} --steps STEPS --returns --settings SETTINGS --seed SEED
+    python results/benchmark/peers.py purejaxrl PPO --steps STEPS --returns --settings published --env ENV --seed SEED
 
 The first form prepares, prints a line of JSON, and then for each line that it reads trains for STEPS and prints the
 number of updates and the seconds. The second prints the environment steps and the seconds from its start until a greedy
 evaluation, one every thousand steps, reaches RETURN. The third prints the mean return of `EPISODES` greedy episodes
-after STEPS, and the seconds from its start until they begin.
+after STEPS, and the seconds from its start until they begin. The fourth has the mean return of the last episode of each
+environment of its training, as this library evaluates nothing.
 
 TD3 and SAC on Pendulum-v1, DQN on CartPole-v1: batch 256, one environment, one update per environment step, learning
 rate 0.001, gamma 0.99. PPO on CartPole-v1 makes 4 passes of 4 minibatches over 128 steps of 4 environments. The
@@ -36,7 +38,8 @@ EVERY = 1000  # steps between evaluations
 EPISODES = 16  # per evaluation
 STEPS, PASSES = 128, 4  # of PPO
 SOURCE = Path(sys.prefix) / "source"
-ZOO = {  # rl-zoo's hyperparameters for CartPole-v1
+PUBLISHED = {  # rl-zoo's hyperparameters for CartPole-v1, and PureJaxRL's for MinAtar, in examples/brax_minatar.ipynb
+    "PPO": {"LR": 5e-3, "NUM_ENVS": 64, "NUM_MINIBATCHES": 8, "ENT_COEF": 0.01, "ANNEAL_LR": True},
     "DQN": {
         "learning_rate": 2.3e-3,
         "batch_size": 64,
@@ -49,7 +52,7 @@ ZOO = {  # rl-zoo's hyperparameters for CartPole-v1
         "exploration_fraction": 0.16,
         "exploration_final_eps": 0.04,
         "policy_kwargs": {"net_arch": [256, 256]},
-    }
+    },
 }
 
 
@@ -68,7 +71,7 @@ def parse():
     parser.add_argument("--seeds", type=int, default=1, help="trained at once, by rejax and PureJaxRL")
     parser.add_argument("--until", type=float, help="the return to reach")
     parser.add_argument("--returns", action="store_true", help="train once, and evaluate")
-    parser.add_argument("--settings", choices=("ours", "defaults", "zoo"), default="ours", help="its own, or rl-zoo's")
+    parser.add_argument("--settings", choices=("ours", "defaults", "published"), default="ours")
     case = parser.parse_args()
     case.env = case.env or ("CartPole-v1" if case.name in ("DQN", "PPO") else "Pendulum-v1")
     return case
@@ -138,11 +141,9 @@ def rejax_turns(case):
     return timed(lambda: jax.block_until_ready(train(keys)))
 
 
-def purejaxrl_turns(case):
-    """A turn of PPO trains from scratch, without evaluations."""
+def purejaxrl_train(case):
+    """PureJaxRL's compiled training of all seeds with PPO, and its keys."""
     from unittest import mock
-
-    import jax
 
     for engine in ("brax", "brax.envs.wrappers.training", "navix"):  # which its wrappers import
         sys.modules[engine] = mock.MagicMock()
@@ -150,8 +151,23 @@ def purejaxrl_turns(case):
     config = {"LR": 1e-3, "NUM_ENVS": case.envs, "NUM_STEPS": STEPS, "TOTAL_TIMESTEPS": case.steps, "ANNEAL_LR": False}
     config |= {"UPDATE_EPOCHS": PASSES, "NUM_MINIBATCHES": case.minibatches, "GAMMA": 0.99, "GAE_LAMBDA": 0.95}
     config |= {"CLIP_EPS": 0.2, "ENT_COEF": 0.0, "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5, "ACTIVATION": "relu"}
-    train, keys = compile_seeds(case, importlib.import_module("ppo").make_train(config | {"ENV_NAME": case.env}))
+    config |= {"ENV_NAME": case.env} | (PUBLISHED["PPO"] if case.settings == "published" else {})
+    return compile_seeds(case, importlib.import_module("ppo").make_train(config))
+
+
+def purejaxrl_turns(case):
+    """A turn of PPO trains from scratch, without evaluations."""
+    import jax
+
+    train, keys = purejaxrl_train(case)
     return timed(lambda: jax.block_until_ready(train(keys)))
+
+
+def purejaxrl_returns(case):
+    """The returns of the episodes that have ended last."""
+    train, keys = purejaxrl_train(case)
+    returns = train(keys)["metrics"]["returned_episode_returns"][-1]
+    return {"return": float(returns.mean()), "seconds": seconds()}
 
 
 def cleanrl_turns(case):
@@ -239,7 +255,7 @@ def model_of(case):
     env = make_vec_env(lambda: make_env(case.env), case.envs if case.name == "PPO" else 1)
     make = getattr(importlib.import_module(module), case.name)
     if case.settings != "ours":
-        return make("MlpPolicy", env, seed=case.seed, **(ZOO[case.name] if case.settings == "zoo" else {}))
+        return make("MlpPolicy", env, seed=case.seed, **(PUBLISHED[case.name] if case.settings == "published" else {}))
     activation = getattr(importlib.import_module(layers), relu)
     if case.name == "PPO":
         fields = {"n_steps": STEPS, "batch_size": case.envs * STEPS // case.minibatches, "n_epochs": PASSES}
@@ -310,7 +326,7 @@ def main():
         print(json.dumps(rejax_until(case) if rejax else model_until(case)))
         return
     if case.returns:
-        print(json.dumps(model_returns(case)))
+        print(json.dumps(purejaxrl_returns(case) if case.library == "purejaxrl" else model_returns(case)))
         return
     turn = TURNS[case.library](case)
     print(json.dumps({"ready": seconds()}), flush=True)
