@@ -1,9 +1,11 @@
-"""The benchmark's group `gpu`, at small sizes on a CPU, what it asks of peers, and where it was measured."""
+"""The benchmark: its group `gpu`, at small sizes on a CPU, what it asks of peers, and where it was measured."""
 
 import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from benchmark import benchmark
@@ -95,10 +97,19 @@ def test_best_returns_beside_those_of_peers(monkeypatch):
 
 
 @pytest.mark.quick
-def test_each_seed_has_a_core(monkeypatch):
+def test_each_seed_has_a_core_and_waits_until_it_is_free(monkeypatch):
     monkeypatch.setattr(benchmark.os, "cpu_count", lambda: 2)
     assert benchmark.each_seed(benchmark.single_core) == [("taskset", "--cpu-list", core) for core in "01"]
     assert benchmark.single_core(3) == ("taskset", "--cpu-list", "1")
+    busy = [threading.Lock(), threading.Lock()]
+
+    def measure(seed):
+        assert busy[seed % 2].acquire(blocking=False)
+        time.sleep(0.05 if seed == 0 else 0)
+        busy[seed % 2].release()
+        return seed
+
+    assert benchmark.each_seed(measure, 5) == [0, 1, 2, 3, 4]
 
 
 def test_a_peer_that_hangs_ends_the_benchmark(monkeypatch):

@@ -315,9 +315,11 @@ def single_core(i=0):
 
 
 def each_seed(measure, num_seeds=SEEDS):
-    """`[measure(seed)]` of all seeds, as many at once as there are cores."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(measure, range(num_seeds)))
+    """`[measure(seed)]` of all seeds, one after the other on each core, which is that of `single_core(seed)`."""
+    cores = os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        of_cores = list(pool.map(lambda i: [measure(seed) for seed in range(i, num_seeds, cores)], range(cores)))
+    return [of_cores[seed % cores][seed // cores] for seed in range(num_seeds)]
 
 
 def answer(command):
