@@ -531,11 +531,8 @@ def measure_returns(turns, pythons):
         trained = each_seed(functools.partial(peer_returns, pythons, peer, name, steps, options), RETURN_SEEDS)
         ours, theirs = np.array([x[-1][1] for x in evaluated]), np.array([x["return"] for x in trained])
         row = {"algorithm": name, "what": f"{env}, return after {steps:,} steps", "measured": plot.summary(ours)}
-        yield row | {
-            "beside": f"{NAMES[peer]}, {settings}: {plot.summary(theirs)}",
-            "value": plot.iqm(ours),
-            "ratio": None,
-        }
+        row |= {"beside": f"{NAMES[peer]}, {settings}: {plot.summary(theirs)}", "value": plot.iqm(ours), "ratio": None}
+        yield row
 
 
 def measure_floor(turns, pythons):
@@ -679,7 +676,7 @@ def measure_physics_returns(turns, pythons):
         row = {"algorithm": name, "what": f"{TASK}, return after {TASK_STEPS:,} steps, one core", "value": reached}
         for peer in TASK_PEERS:
             for label, options in (("same settings", {"hidden": 256}), ("its defaults", {"settings": "defaults"})):
-                options |= {"env": TASK}
+                options = {"env": TASK, **options}
                 theirs = each_seed(functools.partial(peer_returns, pythons, peer, name, TASK_STEPS, options))
                 mean, took = (statistics.mean(x[part] for x in theirs) for part in ("return", "seconds"))
                 until = statistics.mean(seconds_until(mean, evaluated) for evaluated in ours)
@@ -741,8 +738,9 @@ def table(measured):
         "Pendulum-v1, default configurations except where stated, ReLU networks, one update per environment step.",
         "Per 20 environment steps svg_model makes one update of the policy, from 64 rollouts, and 8 of the model.",
         "Rates are medians over turns; memory is the peak of a process, first Amortax, then the peer. Returns on",
-        f"{TASK} are means of {SEEDS} seeds, too few to rank, and {EPISODES} greedy episodes each. Peers:",
-        f"{', '.join(measured['peers'].values()) or 'not measured'}.",
+        f"{TASK} are means of {SEEDS} seeds, too few to rank, and {EPISODES} greedy episodes each.",
+        f"On Breakout-MinAtar, where a run gets past the first wall or does not, {RETURN_SEEDS} are too few as well.",
+        f"Peers: {', '.join(measured['peers'].values()) or 'not measured'}.",
         "",
         f"`python results/benchmark/benchmark.py --peers FOLDER`: {origin(measured, measured['groups'])}.",
         "",

@@ -38,8 +38,7 @@ EVERY = 1000  # steps between evaluations
 EPISODES = 16  # per evaluation
 STEPS, PASSES = 128, 4  # of PPO
 SOURCE = Path(sys.prefix) / "source"
-PUBLISHED = {  # rl-zoo's hyperparameters for CartPole-v1, and PureJaxRL's for MinAtar, in examples/brax_minatar.ipynb
-    "PPO": {"LR": 5e-3, "NUM_ENVS": 64, "NUM_MINIBATCHES": 8, "ENT_COEF": 0.01, "ANNEAL_LR": True},
+ZOO = {  # rl-zoo's hyperparameters for CartPole-v1
     "DQN": {
         "learning_rate": 2.3e-3,
         "batch_size": 64,
@@ -52,7 +51,14 @@ PUBLISHED = {  # rl-zoo's hyperparameters for CartPole-v1, and PureJaxRL's for M
         "exploration_fraction": 0.16,
         "exploration_final_eps": 0.04,
         "policy_kwargs": {"net_arch": [256, 256]},
-    },
+    }
+}
+MINATAR = {  # PureJaxRL's hyperparameters for MinAtar that are not those of the benchmark, examples/brax_minatar.ipynb
+    "LR": 5e-3,
+    "NUM_ENVS": 64,
+    "NUM_MINIBATCHES": 8,
+    "ENT_COEF": 0.01,
+    "ANNEAL_LR": True,
 }
 
 
@@ -71,7 +77,8 @@ def parse():
     parser.add_argument("--seeds", type=int, default=1, help="trained at once, by rejax and PureJaxRL")
     parser.add_argument("--until", type=float, help="the return to reach")
     parser.add_argument("--returns", action="store_true", help="train once, and evaluate")
-    parser.add_argument("--settings", choices=("ours", "defaults", "published"), default="ours")
+    text = "its own, or those that it or rl-zoo publishes for the environment"
+    parser.add_argument("--settings", choices=("ours", "defaults", "published"), default="ours", help=text)
     case = parser.parse_args()
     case.env = case.env or ("CartPole-v1" if case.name in ("DQN", "PPO") else "Pendulum-v1")
     return case
@@ -151,7 +158,7 @@ def purejaxrl_train(case):
     config = {"LR": 1e-3, "NUM_ENVS": case.envs, "NUM_STEPS": STEPS, "TOTAL_TIMESTEPS": case.steps, "ANNEAL_LR": False}
     config |= {"UPDATE_EPOCHS": PASSES, "NUM_MINIBATCHES": case.minibatches, "GAMMA": 0.99, "GAE_LAMBDA": 0.95}
     config |= {"CLIP_EPS": 0.2, "ENT_COEF": 0.0, "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5, "ACTIVATION": "relu"}
-    config |= {"ENV_NAME": case.env} | (PUBLISHED["PPO"] if case.settings == "published" else {})
+    config |= {"ENV_NAME": case.env} | (MINATAR if case.settings == "published" else {})
     return compile_seeds(case, importlib.import_module("ppo").make_train(config))
 
 
@@ -255,7 +262,7 @@ def model_of(case):
     env = make_vec_env(lambda: make_env(case.env), case.envs if case.name == "PPO" else 1)
     make = getattr(importlib.import_module(module), case.name)
     if case.settings != "ours":
-        return make("MlpPolicy", env, seed=case.seed, **(PUBLISHED[case.name] if case.settings == "published" else {}))
+        return make("MlpPolicy", env, seed=case.seed, **(ZOO[case.name] if case.settings == "published" else {}))
     activation = getattr(importlib.import_module(layers), relu)
     if case.name == "PPO":
         fields = {"n_steps": STEPS, "batch_size": case.envs * STEPS // case.minibatches, "n_epochs": PASSES}
