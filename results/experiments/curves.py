@@ -87,20 +87,23 @@ REACHED = {  # final returns of solved tasks
     "dqn on Acrobot-v1": -80,
     "dqn on MountainCar-v0": -112,
 }
+MINATAR_LENGTH = "--total-steps 1966080 --steps-per-epoch 196608"
+MINATAR_LONG = "--total-steps 9830400 --steps-per-epoch 983040"
 MINATAR_PPO = (
-    "--total-steps 1966080 --steps-per-epoch 196608 --num-envs 64 --num-steps 128 --update-epochs 4 --num-minibatches 8"
-    " --actor-learning-rate 3e-3 --critic-learning-rate 3e-3 --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.03"
+    "--num-envs 64 --num-steps 128 --update-epochs 4 --num-minibatches 8 --actor-learning-rate 3e-3"
+    " --critic-learning-rate 3e-3 --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.03"
     " --hidden-sizes 128 128 --activation relu"
 )
 MINATAR_DQN = (
     "--total-steps 999872 --steps-per-epoch 99488 --learning-starts 4992 --num-envs 8 --num-steps 4 --utd-ratio 0.25"
     " --batch-size 32 --learning-rate 3e-4 --epsilon-steps 100000 --epsilon-end 0.02"
 )
+LONG = "ppo on SpaceInvaders-MinAtar"
 GAMES = {"Breakout-MinAtar": 55, "SpaceInvaders-MinAtar": 135}  # final returns asked of ppo
 MINATAR = {
     f"{algorithm} on {env}": Run(algorithm, env, flags, seeds=8)
     for env in GAMES
-    for algorithm, flags in (("dqn", MINATAR_DQN), ("ppo", MINATAR_PPO))
+    for algorithm, flags in (("dqn", MINATAR_DQN), ("ppo", f"{MINATAR_LENGTH} {MINATAR_PPO}"))
 }
 
 
@@ -334,6 +337,19 @@ EXPERIMENTS = {
         table=length_table,
         draw=draw_over_training,
         quick=lambda cells: training.smaller(cells, "dqn on Breakout-MinAtar", "ppo on Breakout-MinAtar"),
+        sample=study.returns_sample(8),
+    ),
+    "minatar_long": Experiment(
+        title="PPO learns Space Invaders of MinAtar better in ten million steps",
+        question="How well does PPO learn the game in five times the steps?",
+        cells={LONG: Run("ppo", "SpaceInvaders-MinAtar", f"{MINATAR_LONG} {MINATAR_PPO}", seeds=8)},
+        measure=training.learning_curves,
+        criterion=Criterion("the final interquartile mean is at least 180.", functools.partial(reach, {LONG: 180})),
+        notes="The settings are those of the runs with two million steps, but for the length, over which the step size "
+        "falls to zero.",
+        table=length_table,
+        draw=draw_over_training,
+        quick=lambda cells: training.smaller(cells, LONG),
         sample=study.returns_sample(8),
     ),
 }
