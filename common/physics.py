@@ -126,7 +126,8 @@ class Physics(environment.Environment[EnvState, EnvParams]):
         """A start state of one half: `(obs, EnvState)`."""
         i = random.randint(key, (), half * NUM_STARTS // 2, (half + 1) * NUM_STARTS // 2)
         leaves = [jnp.asarray(x)[i] for x in self.starts[0]]
-        return self.restored(leaves, key).obs, EnvState(leaves=leaves, time=0)
+        time = jnp.int32(0)  # of the type that it has in compiled programs, so that a step is traced once
+        return self.restored(leaves, key).obs, EnvState(leaves=leaves, time=time)
 
     def restored(self, leaves, key):
         """The task's state from those of its arrays that are not empty."""

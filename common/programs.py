@@ -65,12 +65,16 @@ def compile_programs(config, init, epoch, num_runs, runs_per_device=None, shared
         return state, metrics, divergence.is_finite(state, metrics)
 
     configs = jax.tree.map(lambda x: np.zeros((), leaf_type(x)), config)
-    state = jax.eval_shape(init, config, jax.random.key(0), *shared)
     with concurrent.futures.ThreadPoolExecutor() as pool:  # `init` is compiled while `epoch` is traced
-        lower = functools.partial(lower_for_each, local, runs_per_device)
-        programs = (seeded_init, configs, np.int32(0), *shared), (checked_epoch, configs, state)
-        compiling = [[pool.submit(x.compile) for x in lower(*program)] for program in programs]
-    compiled = [[x.result() for x in each] for each in compiling]
+
+        def begin(*program):
+            lowered = lower_for_each(local, runs_per_device, *program)
+            return [(x.out_info, pool.submit(x.compile)) for x in lowered]
+
+        starting = begin(seeded_init, configs, np.int32(0), *shared)
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), starting[0][0])
+        advancing = begin(checked_epoch, configs, state)
+    compiled = [[x.result() for _, x in each] for each in (starting, advancing)]
     return Programs(*compiled, local, used, runs_per_device, shared)
 
 

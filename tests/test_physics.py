@@ -14,7 +14,7 @@ from flax import struct
 from jax import random
 
 from amortax.algorithms import td3
-from amortax.common import brax, envs, film, physics, playground, record, run
+from amortax.common import brax, checks, envs, film, physics, playground, programs, record, run
 
 
 @struct.dataclass
@@ -152,6 +152,23 @@ def test_algorithm_trains_in_it(counter):
         transitions.next_obs[:, 0], jnp.where(moved > 10, transitions.obs[:, 0], moved), atol=1e-5
     )
     np.testing.assert_array_equal(transitions.terminated, (moved > 10) | (moved < -10))
+
+
+def test_a_step_is_traced_once_for_all_programs():
+    """Tracing the step of an engine takes seconds."""
+    traced = []
+
+    class Recorder(Counter):
+        def step(self, state, action):
+            traced.append(state)
+            return super().step(state, action)
+
+    env = physics.Physics(Recorder(), [-8.0], [8.0])
+    gymnax.register("Recorder-test", lambda: env)
+    config = td3.Config(env="Recorder-test", learning_starts=16, steps_per_epoch=16, hidden_sizes=(4,), buffer_size=64)
+    checks.check_config(config, td3.init)
+    programs.compile_programs(config, td3.init, td3.epoch, num_runs=1)
+    assert len(traced) == 1
 
 
 # Names and mistakes

@@ -340,8 +340,8 @@ EXPERIMENTS = {
         sample=study.returns_sample(8),
     ),
     "minatar_long": Experiment(
-        title="PPO learns Space Invaders of MinAtar better in ten million steps",
-        question="How well does PPO learn the game in five times the steps?",
+        title="PPO scores 180 in Space Invaders of MinAtar after ten million steps",
+        question="How much better does PPO play after five times the steps?",
         cells={LONG: Run("ppo", "SpaceInvaders-MinAtar", f"{MINATAR_LONG} {MINATAR_PPO}", seeds=8)},
         measure=training.learning_curves,
         criterion=Criterion("the final interquartile mean is at least 180.", functools.partial(reach, {LONG: 180})),
