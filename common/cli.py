@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
 import shlex
 import sys
@@ -110,6 +111,9 @@ def parse(function, prog=None, description=None):
     try:
         with contextlib.redirect_stderr(caught):
             return tyro.cli(function, prog=prog, description=description, config=markers)
+    except BrokenPipeError:  # the reader of the help has enough of it, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at the end of the process
+        raise SystemExit(0) from None
     except SystemExit as error:
         if not error.code:
             raise

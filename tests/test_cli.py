@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -158,6 +159,15 @@ def test_help_shows_every_field_with_its_rule(monkeypatch, capsys):
     assert "--hidden-sizes [INT ...] from 1 to 2147483647" in text
     assert "environment steps, warm-up included" in text
     assert td3.__doc__.splitlines()[0][:60] in text
+
+
+def test_help_to_a_reader_that_has_enough_ends_quietly():
+    """As in `--help | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_every_field_is_read_from_its_flag(monkeypatch):
