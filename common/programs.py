@@ -72,7 +72,8 @@ def compile_programs(config, init, epoch, num_runs, runs_per_device=None, shared
             return [(x.out_info, pool.submit(x.compile)) for x in lowered]
 
         starting = begin(seeded_init, configs, np.int32(0), *shared)
-        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), starting[0][0])
+        states, _ = starting[0]  # all devices have the same
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), states)
         advancing = begin(checked_epoch, configs, state)
     compiled = [[x.result() for _, x in each] for each in (starting, advancing)]
     return Programs(*compiled, local, used, runs_per_device, shared)
