@@ -16,6 +16,7 @@ from typing import Annotated, Literal, NoReturn
 import tyro
 
 INT_MAX = 2**31 - 1  # steps and seeds are counted in int32
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]  # without it the help shows {None}|PATH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Options:
     name: str = "default"  # folder of the seeds of one configuration, inside <out>/<algorithm>/<env>/
     out: Path = Path("results/runs")  # folder of all results
     resume: bool = False  # continue what the same command left; with a larger number of steps, extend a finished run
-    init_from: Path | None = None  # start from the parameters of a run: its folder, or a policy.npz or policy_best.npz
+    init_from: OptionalPath = None  # start from the parameters of a run: its folder, or a policy.npz or policy_best.npz
     keep_state: Literal["small", "always", "never"] = "small"  # last state, to extend a run: small is up to 16 MB a run
     no_plot: bool = False  # do not draw curve.png
     list_envs: bool = False  # only print the names of all environments
@@ -45,8 +46,8 @@ class Options:
 class Data:
     """Files of base points: arrays obs, action (in the environment's units), reward, next_obs and terminated."""
 
-    base_points: Path | None = None  # learn from the transitions in this .npz file, collected by whatever means
-    save_base_points: Path | None = None  # write the first base points of the first seed to this .npz file
+    base_points: OptionalPath = None  # learn from the transitions in this .npz file, collected by whatever means
+    save_base_points: OptionalPath = None  # write the first base points of the first seed to this .npz file
 
 
 def show_warnings():

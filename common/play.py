@@ -35,7 +35,7 @@ class Play:
     episodes: Annotated[int, ">= 1"] = 100  # whole episodes to play
     seed: Annotated[int, ">= 0"] = 0  # of the episodes; Gymnasium gets seed + i for episode i
     backend: Literal["gymnax", "gymnasium"] = "gymnax"  # whose implementation of the environment to use
-    gif: Path | None = None  # film the first episode into this file, which ends in .gif
+    gif: cli.OptionalPath = None  # film the first episode into this file, which ends in .gif
     traceback: bool = False  # show all of an exception from inside the environment, which gets one line otherwise
 
 

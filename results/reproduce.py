@@ -17,7 +17,6 @@ import re
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -65,7 +64,7 @@ class Reproduce:
     list: bool = False  # print the names and exit
     quick: bool = False  # small versions, to test that everything works
     redraw: bool = False  # figures and text from existing data; measure nothing
-    out: Path | None = None  # folder of the results; by default results, or results/runs/quick with --quick
+    out: cli.OptionalPath = None  # folder of the results; by default results, or results/runs/quick with --quick
 
 
 def main():

@@ -157,6 +157,7 @@ def test_help_shows_every_field_with_its_rule(monkeypatch, capsys):
     assert "--gamma FLOAT in [0, 1]" in text
     assert "--num-envs INT from 1 to 2147483647" in text
     assert "--hidden-sizes [INT ...] from 1 to 2147483647" in text
+    assert "--init-from PATH" in text
     assert "environment steps, warm-up included" in text
     assert td3.__doc__.splitlines()[0][:60] in text
 
