@@ -105,16 +105,26 @@ def show_rules(dataclass):
             dataclass.__annotations__[name] = Annotated[hint, rule, tyro.conf.arg(metavar=metavar)]
 
 
+@contextlib.contextmanager
+def printing():
+    """Exit quietly with code 0 where the reader of what is printed within has enough of it, as `head` has."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # a short text gets to its reader only here
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at the end of the process
+        raise SystemExit(0) from None
+
+
 def parse(function, prog=None, description=None):
     """`tyro.cli`, with its boxed error message as one line; the exit code of an error is 2."""
     caught = io.StringIO()
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     try:
-        with contextlib.redirect_stderr(caught):
+        with printing(), contextlib.redirect_stderr(caught):
             return tyro.cli(function, prog=prog, description=description, config=markers)
-    except BrokenPipeError:  # the reader of the help has enough of it, as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes at the end of the process
-        raise SystemExit(0) from None
     except SystemExit as error:
         if not error.code:
             raise

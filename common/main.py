@@ -27,7 +27,8 @@ def main():
     files["play"] = PACKAGE / "common" / "play.py"
     command, *flags = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
-        print(USAGE, *(f"  {name:20} {summary(path)}" for name, path in files.items()), sep="\n")
+        with cli.printing():
+            print(USAGE, *(f"  {name:20} {summary(path)}" for name, path in files.items()), sep="\n")
     elif command in files:
         sys.argv = [f"amortax {command}", *flags]
         run(files[command])

@@ -53,7 +53,8 @@ def main(config_class, init, epoch, num_epochs):
     cli.show_warnings()
     config, options, data = cli.parse_run(config_class, init)
     if options.list_envs:
-        return envs.show_all()
+        with cli.printing():
+            return envs.show_all()
     grid = sweep.parse(config, options.sweep)
     began = False
     try:

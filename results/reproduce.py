@@ -71,7 +71,8 @@ def main():
     """Command line."""
     options = cli.parse(Reproduce, prog="python results/reproduce.py")
     if options.list:
-        print("\n".join(f"{name:26}{experiment.title}" for name, experiment in EXPERIMENTS.items()))
+        with cli.printing():
+            print("\n".join(f"{name:26}{experiment.title}" for name, experiment in EXPERIMENTS.items()))
         return
     names = list(EXPERIMENTS) if options.experiments == ("all",) else options.experiments
     for name in names:

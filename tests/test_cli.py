@@ -162,11 +162,21 @@ def test_help_shows_every_field_with_its_rule(monkeypatch, capsys):
     assert td3.__doc__.splitlines()[0][:60] in text
 
 
-def test_help_to_a_reader_that_has_enough_ends_quietly():
-    """As in `--help | head`."""
+@pytest.mark.parametrize(
+    "words",
+    [
+        (SCRIPT, "--help"),
+        (SCRIPT, "--list-envs"),
+        ("-m", "amortax.common.main", "--help"),
+        (SCRIPT.parent.parent / "results" / "reproduce.py", "--list"),
+    ],
+)
+def test_a_reader_that_has_enough_ends_it_quietly(words):
+    """As in `--help | head`; a text shorter than the buffer is written only at the end."""
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, SCRIPT, "--help"], stdout=writing, stderr=subprocess.PIPE)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, *words], stdout=writing, stderr=subprocess.PIPE, env=environment)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
 
